@@ -76,10 +76,8 @@ def mean_entropy(params: Params, x: Features) -> float:
 def _count(params: Params, x: Features) -> tuple[int, int]:
     """Images, and tokens of each."""
     if "attn.qkv.weight" not in params:
-        raise UsageError(
-            "this head has no attention", code="no-attention", expected="a head trained with dvme or dvme-token",
-            found=", ".join(sorted(params)) or "no parameters", fix="embcache probe --head dvme",
-        )  # fmt: skip
+        raise UsageError("this head has no attention", code="no-attention", fix="embcache probe --head dvme",
+                         expected="a head trained with dvme or dvme-token", found=", ".join(params))  # fmt: skip
     n = len(next(iter(x.values()))) if x else 0
     if n == 0:
         raise UsageError("attention is averaged over images", code="no-images", expected="at least one", found="none")
@@ -90,12 +88,12 @@ def _queries_and_keys(params: Params, x: Features, together: int) -> Iterator[tu
     """Queries and keys (images, N, d) of some images at a time."""
     n, tokens = _count(params, x)
     stacked = {name: p[None].float() for name, p in params.items()}
-    weight, bias = params["attn.qkv.weight"].float(), params["attn.qkv.bias"].float()  # (3d, d), (3d,)
+    weight, bias = stacked["attn.qkv.weight"][0], stacked["attn.qkv.bias"][0]  # (3d, d), (3d,)
     width = weight.shape[1]  # numbers that a token holds
     for rows in torch.split(torch.arange(n), together):
         part = {backbone: features[rows].to(weight)[None] for backbone, features in x.items()}
         meta = project(stacked, part)[0].view(len(rows), tokens, width)
-        q, k = (meta @ weight[i * width : (i + 1) * width].T + bias[i * width : (i + 1) * width] for i in (0, 1))
+        q, k = (meta @ weight[i : i + width].T + bias[i : i + width] for i in (0, width))
         yield q, k
 
 

@@ -211,12 +211,11 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
         closeness[start : start + len(similar)] = np.partition(similar[:, :n], n - k, axis=1)[:, n - k :].mean(axis=1)
         for row, other in np.argwhere(similar >= threshold).tolist():
             one = start + row
-            if one >= other:
-                continue
-            across, same_group = one < n <= other, images.groups[one] == images.groups[other]
-            kind = "across splits" if across else "within a group" if same_group else "across groups"
-            same, cosine = bool(images.labels[one] == images.labels[other]), float(similar[row, other])
-            pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), min(cosine, 1.0), kind, same))
+            if one < other:
+                same_group, same_label = (bool(a[one] == a[other]) for a in (images.groups, images.labels))
+                kind = "across splits" if one < n <= other else "within a group" if same_group else "across groups"
+                cosine = min(float(similar[row, other]), 1.0)
+                pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), cosine, kind, same_label))
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
 
 
@@ -309,30 +308,27 @@ def _exclude(
     images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], outliers: Sequence[Outlier]
 ) -> tuple[tuple[str, str], ...]:
     """Training images to leave out, each with its first reason."""
-    reasons: dict[str, str] = {}
     # An image of a rare class is far from others only because there are few like it.
     common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
     usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
-    for pair in pairs:
-        if pair.kind == "across splits":  # the training image comes first
-            reasons.setdefault(pair.one, f"near-duplicate of the test image {pair.other}")
-    for error in errors:
-        if error.split != "test":
-            name = images.class_names[error.proposed]
-            reasons.setdefault(error.id, f"likely label error ({name}: p = {error.p_proposed:.3f})")
-    for outlier in outliers:
-        if outlier.id in usual:
-            reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
-    return tuple(reasons.items())
+    names = images.class_names
+    found = [
+        # Of a pair across splits the training image comes first.
+        *((p.one, f"near-duplicate of the test image {p.other}") for p in pairs if p.kind == "across splits"),
+        *((e.id, f"likely label error ({names[e.proposed]}: p = {e.p_proposed:.3f})")
+          for e in errors if e.split != "test"),
+        *((o.id, f"outlier ({o.deviations:.1f} deviations)") for o in outliers if o.id in usual),
+    ]  # fmt: skip
+    first = dict(reversed(found))
+    return tuple((id_, first[id_]) for id_ in dict(found))
 
 
 def _effect(images: _Images, excluded: set[str], metric: str, config: AuditConfig) -> tuple[Effect | None, str]:
     """What leaving training images out does to the test metric, or why it cannot be measured."""
     y, test = images.labels, np.arange(images.n, len(images.labels))
-    out = np.array([id_ in excluded for id_ in images.ids])
+    out = np.isin(images.ids.astype(str), list(excluded))
     parts = [(np.setdiff1d(np.arange(images.n), val), val) for val in images.folds(config.folds, config.seed)]
-    gone = sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])})
-    if gone:
+    if gone := sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])}):
         return None, f"{', '.join(images.class_names[c] for c in gone)} would be gone"
     if len(np.unique(y[test])) < 2:
         return None, "the labeled test images are not of two classes"

@@ -85,14 +85,11 @@ def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbo
     similarity[place] = -np.inf
     # Of equal similarity the earlier image comes first, on every machine.
     order = np.argsort(-similarity, kind="stable")[: min(k, len(ids) - 1)]
-    rows = ds.table.set_index("id")
-
-    def describe(i: int, value: float) -> Neighbor:
-        row = rows.loc[ids[i]]
-        return Neighbor(ids[i], value, int(row["label"]), str(row["split"]), str(row["group"]))
-
-    nearest = tuple(describe(int(i), float(similarity[i])) for i in order)
-    return Neighbors(store.recipe.backbone, describe(place, 1.0), nearest)
+    similarity[place] = 1.0
+    rows = ds.table.set_index("id").loc[[ids[i] for i in (place, *order)]]
+    columns = zip(rows.index, rows["label"], rows["split"], rows["group"], (place, *order), strict=True)
+    image, *nearest = (Neighbor(id_, float(similarity[i]), int(y), str(s), str(g)) for id_, y, s, g, i in columns)
+    return Neighbors(store.recipe.backbone, image, tuple(nearest))
 
 
 def draw_neighbors(ds: ImageDataset, found: Sequence[Neighbors], target: Path) -> Path:
@@ -130,12 +127,10 @@ def thumbnail(ds: ImageDataset, id_: str, side: int = SIDE) -> NDArray[np.uint8]
     found = ds.table[ds.table["id"] == id_]
     if ds.root is None or found.empty:
         return None
-    row = found.iloc[0]
     try:
-        pixels, _ = read_image(ds.root, str(row["path"]), str(row["place"]))
+        picture = Image.fromarray(read_image(ds.root, str(found["path"].iloc[0]), str(found["place"].iloc[0]))[0])
     except (ImageError, OSError):
         return None
-    picture = Image.fromarray(pixels)
     picture.thumbnail((side, side))
     return np.asarray(picture)
 

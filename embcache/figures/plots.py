@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ _BANDS = 6  # curves of a panel up to which bands can be distinguished
 _NUMBERED = 40  # classes up to which the cells of a confusion matrix have room for numbers
 _MARGIN = 0.15  # inches at either side of a figure that text keeps free
 _ROWS = 24  # of a legend of classes
-_CJK = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,11 @@ class CurvePanel:
     curves: tuple[Curve, ...]
 
 
-def _grid(n: int, most: int, size: tuple[float, float], more: tuple[float, float] = (0.0, 0.4)) -> tuple[Figure, Any]:
-    """A figure with n panels of a size in inches, at most so many per row, and ``more`` inches around; and its axes."""
+def _grid(n: int, most: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with n panels of a size in inches, at most so many per row; and its axes."""
     columns = min(n, most)
     rows = -(-n // columns)
-    figure = Figure(figsize=(size[0] * columns + more[0], size[1] * rows + more[1]), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[n:]:
         axis.set_axis_off()
@@ -95,7 +93,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
     shown = np.flatnonzero(counts).tolist()
     size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
     side = max(3.0, least / min(len(maps), 4))  # inches of a panel
-    figure, axes = _grid(len(maps), 4, (side, side + 0.1))
+    figure, axes = _grid(len(maps), 4, side, side + 0.1)
     handles = {}
     for axis, panel in zip(axes, maps, strict=True):
         for label in shown:
@@ -106,7 +104,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
         axis.set(xticks=[], yticks=[])
     weights = {class_names[label]: int(counts[label]) for label in shown}
     note = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
-    add_legend(figure, handles, size, title=note, weights=weights, handle=1.0)
+    add_legend(figure, handles, size, note, weights)
     add_title(figure, title, 11)
     return _save(figure, target)
 
@@ -128,7 +126,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
     styles = curve_styles(panels)
     many = [sum(not curve.dashed for curve in panel.curves) > _BANDS for panel in panels]
     width = max(5.2, 7.2 / min(len(panels), 3) if len(styles) > _BANDS else 0.0)  # inches of a panel
-    figure, axes = _grid(len(panels), 3, (width, 3.6))
+    figure, axes = _grid(len(panels), 3, width, 3.6)
     handles = {}
     for axis, panel, bare in zip(axes, panels, many, strict=True):
         for curve in panel.curves:
@@ -155,7 +153,7 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
         axis.grid(alpha=0.25)
     if any(many):
         bands += f"; bands only in panels of up to {_BANDS} curves"
-    add_legend(figure, {label: handles[label] for label in styles}, 8, title=f"bars: {bands}")
+    add_legend(figure, {label: handles[label] for label in styles}, 8, f"bars: {bands}")
     add_title(figure, title, 11)
     return _save(figure, target)
 
@@ -347,7 +345,7 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
     """Draw an image, the mean of attention maps (heads, rows, columns), and each of them over the image."""
     maps = [("the image", None), ("mean", heads.mean(0)), *((f"head {h}", one) for h, one in enumerate(heads))]
-    figure, axes = _grid(len(maps), 4, (1.9, 2.1))
+    figure, axes = _grid(len(maps), 4, 1.9, 2.1)
     height, width = pixels.shape[:2]
     for axis, (name, values) in zip(axes, maps, strict=True):
         axis.set_axis_off()
@@ -443,15 +441,13 @@ def add_title(figure: Figure, title: str, size: float) -> None:
 
 
 def add_legend(
-    figure: Figure,
-    handles: Mapping[str, Any],
-    size: float,
-    *,
-    title: str = "",
-    weights: Mapping[str, int] | None = None,
-    handle: float = 2.0,
+    figure: Figure, handles: Mapping[str, Any], size: float, title: str, weights: Mapping[str, int] | None = None
 ) -> None:
-    """A legend beneath all, in as many columns as fit; the figure grows by its height."""
+    """A legend beneath all, in as many columns as fit; the figure grows by its height.
+
+    Of classes, which have ``weights``, it may leave out some.
+    """
+    handle = 2.0 if weights is None else 1.0  # lines are longer than points, in ems
     em, room = size / 72, figure.get_figwidth() - 2 * _MARGIN
     texts = {label: shorten(label, size, room - (handle + 0.5) * em) for label in handles}
     entry = max(text_width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em
@@ -468,7 +464,7 @@ def add_legend(
     columns = -(-len(texts) // rows)
     figure.set_figheight(figure.get_figheight() + (rows * 1.55 + (heading.count("\n") + 1.5 if lines else 0) + 1) * em)
     figure.legend(
-        [handles[label] for label in texts], [text for text in texts.values()],
+        [handles[label] for label in texts], list(texts.values()),
         loc="outside lower center", ncols=columns, frameon=False, fontsize=size,
         title=heading or None, title_fontsize=size,
         handlelength=handle, handletextpad=0.5, columnspacing=1.5, labelspacing=0.35, borderpad=0.2,
@@ -514,10 +510,7 @@ def _installed() -> tuple[str, ...]:
 
 @functools.cache
 def _warn_of_missing(characters: str) -> None:
-    scripts = {unicodedata.name(c, "UNKNOWN").split()[0].split("-")[0] for c in characters}
-    if scripts & _CJK:
-        font = "Noto Sans CJK (Debian and Ubuntu: apt install fonts-noto-cjk)"
-    else:
-        font = f"a font that has them, such as Noto Sans ({', '.join(sorted(scripts)).lower()})"
-    examples = " ".join(characters[:5]) + (" …" if len(characters) > 5 else "")
-    log.warning("figure: no installed font has the characters %s, so they are boxes; install %s", examples, font)
+    log.warning(
+        "figure: no installed font has the characters %s, so they are boxes; install one, such as Noto Sans or Noto "
+        "Sans CJK (Debian and Ubuntu: apt install fonts-noto-core fonts-noto-cjk)", " ".join(characters[:5]),
+    )  # fmt: skip

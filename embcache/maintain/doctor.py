@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -104,25 +105,16 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
 
 def _place(name: str, path: Path) -> dict[str, Any]:
     nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
-    usage = shutil.disk_usage(nearest)
-    return {
-        "name": name,
-        "path": str(path),
-        "there": path.exists(),
-        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        "free_bytes": usage.free,
-        "disk_bytes": usage.total,
-    }
+    usage, writable = shutil.disk_usage(nearest), nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    answer = {"name": name, "path": str(path), "there": path.exists(), "writable": writable}
+    return answer | {"free_bytes": usage.free, "disk_bytes": usage.total}
 
 
 def _owed(cached: list[CachedStore], home: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Images still to compute under the recipes that are cached, and the room that their features take."""
-    images = size = 0
-    for row in cached:
-        if row.owed and not row.problem:
-            store = FeatureStore(row.path)
-            images += row.owed
-            size += row.owed * prod(store.row_shape) * store.dtype.itemsize
+    rows = [(row.owed, FeatureStore(row.path)) for row in cached if row.owed and not row.problem]
+    images = sum(owed for owed, _ in rows)
+    size = sum(owed * prod(store.row_shape) * store.dtype.itemsize for owed, store in rows)
     enough = size * _SPARE <= home["free_bytes"]
     if not enough:
         problems.append(
@@ -155,16 +147,9 @@ def _stores(
             problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
             problems.append(f"{name}: {problem}: embcache verify names it and what to type")
-        counts = ("rows", "owed", "quarantined", "bytes")
-        stores.append(
-            {
-                "dataset": path.parent.name,
-                "store": path.name,
-                **(dict.fromkeys(counts, 0) if row is None else {count: vars(row)[count] for count in counts}),
-                "leftovers": left,
-                "problem": problem,
-            }
-        )
+        counts = {key: vars(row)[key] if row else 0 for key in ("rows", "owed", "quarantined", "bytes")}
+        answer = {"dataset": path.parent.name, "store": path.name, **counts, "leftovers": left, "problem": problem}
+        stores.append(answer)
         leases += [{"store": name, "shard": int(claim.stem), "stale": is_abandoned(claim)} for claim in claims]
     return stores, leases
 
@@ -173,16 +158,16 @@ def versions() -> dict[str, str]:
     """Version of Python and of each package that matters; ``not installed`` for optional ones."""
     found = {"embcache": embcache.__version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        found[name] = "not installed"
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 
 def machine() -> dict[str, Any]:
     """Operating system, processor with what it can, cores, threads and memory."""
-    info, memory = _fields(_proc("/proc/cpuinfo")), _fields(_proc("/proc/meminfo"))
+    info, memory = _proc("cpuinfo"), _proc("meminfo")
+    total, free = (memory.get(name, "").removesuffix("kB").strip() for name in ("MemTotal", "MemAvailable"))
     flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     return {
         "system": f"{platform.system()} {platform.release()}",
@@ -192,8 +177,8 @@ def machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "cores_of_machine": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _bytes(memory.get("MemTotal", "")),
-        "memory_free_bytes": _bytes(memory.get("MemAvailable", "")),
+        "memory_bytes": int(total) * 1024 if total else None,
+        "memory_free_bytes": int(free) * 1024 if free else None,
         "decoder": DECODER_VERSION,
     }
 
@@ -243,19 +228,10 @@ def _per_second(work: Callable[[], object]) -> float:
     return 1 / timer.blocked_autorange(min_run_time=_SECONDS).median
 
 
-def _proc(path: str) -> str:
+def _proc(name: str) -> dict[str, str]:
+    """``name: value`` lines of a file, the first of each name; none where the system is not Linux."""
     try:
-        return Path(path).read_text("utf-8", "replace")
+        lines = Path("/proc", name).read_text("utf-8", "replace").splitlines()
     except OSError:
-        return ""  # not Linux
-
-
-def _fields(text: str) -> dict[str, str]:
-    """``name: value`` lines, the first of each name."""
-    pairs = [line.partition(":") for line in reversed(text.splitlines())]
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _bytes(kilobytes: str) -> int | None:
-    digits = kilobytes.removesuffix("kB").strip()
-    return int(digits) * 1024 if digits.isdecimal() else None
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

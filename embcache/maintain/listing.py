@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -82,27 +83,15 @@ class StoreInfo:
         """Everything as plain JSON data."""
         store, summary = self.store, plain(self.summary)
         alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
-        return {name: summary[name] for name in alike} | {
-            "fingerprint": store.recipe.fingerprint,
-            "row_shape": list(store.row_shape),
-            "dtype": str(store.dtype),
-            "quarantined": store.quarantined,
-            "superseded": self.superseded,
-            "shards": self.shards,
-            "uncommitted": list(self.uncommitted),
-            "view": None if self.view is None else str(self.view),
-            "recipe": store.recipe.to_json(),
-            "created_with": {
-                "rows_per_shard": store.rows_per_shard,
-                "batch_size": store.batch_size,
-                "threads": store.threads,
-                "runtime": store.runtime,
-                **store.provenance,
-            },
-            "computed_otherwise": {
-                str(n): {"batch_size": made.batch_size, "threads": made.threads} for n, made in self.otherwise.items()
-            },
-        }
+        otherwise = {str(n): {"batch_size": r.batch_size, "threads": r.threads} for n, r in self.otherwise.items()}
+        made = {"rows_per_shard": store.rows_per_shard, "batch_size": store.batch_size, "threads": store.threads}
+        return {
+            **{name: summary[name] for name in alike}, "fingerprint": store.recipe.fingerprint,
+            "row_shape": list(store.row_shape), "dtype": str(store.dtype), "quarantined": store.quarantined,
+            "superseded": self.superseded, "shards": self.shards, "uncommitted": list(self.uncommitted),
+            "view": None if self.view is None else str(self.view), "recipe": store.recipe.to_json(),
+            "created_with": {**made, "runtime": store.runtime, **store.provenance}, "computed_otherwise": otherwise,
+        }  # fmt: skip
 
 
 def walk_stores(
@@ -131,11 +120,9 @@ def walk_stores(
 
 def list_cached(home: PathLike | None = None, dataset: str | None = None) -> list[CachedStore]:
     """Describe every store under ``home``; one that is damaged is listed with its problem."""
-    rows, snapshots = [], dict[Path, tuple[str, list[str] | None]]()
+    rows, snapshot = [], functools.cache(_snapshot)
     for path in store_folders(home, dataset):
-        if path.parent not in snapshots:
-            snapshots[path.parent] = _snapshot(path.parent, home)
-        name, ids = snapshots[path.parent]
+        name, ids = snapshot(path.parent, home)
         try:
             rows.append(_summary(FeatureStore(path), name, ids))
         except StoreError as error:
@@ -277,21 +264,17 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
 
-        def differs(each: Cached) -> dict[str, Any]:
-            return {name: {"wanted": mine, "cached": theirs} for name, (mine, theirs) in each.differs.items()}
-
+        cached = [
+            {**plain(each), "differs": {k: {"wanted": a, "cached": b} for k, (a, b) in each.differs.items()}}
+            for each in self.cached
+        ]
         first = {"added": self.added, "changed": self.changed, "removed": self.removed}
         return {
-            "backbone": self.backbone,
-            "fingerprint": self.fingerprint,
-            "recipe": plain(self.recipe),
-            "match": None if self.match is None else str(self.match.path),
-            "cached": [{**plain(each), "differs": differs(each)} for each in self.cached],
-            "images": self.images,
-            "owed": self.owed,
-            "bytes": self.bytes,
+            "backbone": self.backbone, "fingerprint": self.fingerprint, "recipe": plain(self.recipe),
+            "match": None if self.match is None else str(self.match.path), "cached": cached, "images": self.images,
+            "owed": self.owed, "bytes": self.bytes,
             **{name: {"number": len(ids), "first": list(ids[:_FIRST])} for name, ids in first.items()},
-        }
+        }  # fmt: skip
 
 
 def dry_run(

@@ -62,7 +62,7 @@ def test_an_intact_store_is_well(format: str, tmp_path: Path, quick_disk: None) 
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_flipped_bit_is_named_with_its_shard_and_rows(format: str, data: st.DataObject) -> None:
     path = shared_store(format)
@@ -108,8 +108,9 @@ def test_any_flipped_bit_is_named_with_its_shard_and_rows(format: str, data: st.
     assert (found.rows.first_id, found.rows.last_id) == (first, last)
 
 
-@pytest.mark.parametrize("format", FORMAT_NAMES)
-@pytest.mark.parametrize("how", ["cut", "lengthen", "empty", "remove"])
+@pytest.mark.parametrize(
+    ("format", "how"), [("zarr", "cut"), ("hdf5", "lengthen"), ("hdf5", "empty"), ("zarr", "remove")]
+)
 def test_cut_lengthened_and_missing_files_are_named(format: str, how: str, tmp_path: Path, quick_disk: None) -> None:
     path = build(tmp_path, format)
     for file in files_of(path):
