@@ -33,12 +33,7 @@ from embcache.store.feature_store import extract_command
 
 Array = NDArray[np.float64]
 
-SCORES: Mapping[str, str] = {
-    "logme": "LogME",
-    "h_score": "H-score",
-    "centroid": "nearest centroid",
-    "knn": "k-NN",
-}
+SCORES: Mapping[str, str] = {"logme": "LogME", "h_score": "H-score", "centroid": "nearest centroid", "knn": "k-NN"}
 """The scores of a backbone, higher is better, as tables name them."""
 
 ORDER = ("logme", "centroid", "knn")
@@ -399,31 +394,16 @@ def similarity(
                             found=str(len(rows)))  # fmt: skip
     k = min(NEIGHBORS, len(rows) - 1)
     features = [pool.features(name, rows).numpy() for name in names]
-    centered, near = [_centered(x) for x in features], [nearest_neighbors(x, k) for x in features]
+    wide, near = [x.astype(np.float64) for x in features], [nearest_neighbors(x, k) for x in features]
+    centered = [x - x.mean(axis=0) for x in wide]
     unbiased, biased, shared = np.zeros((3, len(names), len(names)))
     for i, j in combinations_with_replacement(range(len(names)), 2):
-        biased[i, j], unbiased[i, j] = biased[j, i], unbiased[j, i] = _hsic(centered[i], centered[j])
+        biased[i, j], unbiased[i, j] = biased[j, i], unbiased[j, i] = hsic(centered[i], centered[j])
         shared[i, j] = shared[j, i] = shared_neighbors(near[i], near[j])
     notes = list(pool.sides.notes)
     if len(rows) < len(pool.rows):
         notes.append(f"{len(rows):,} of {len(pool.rows):,} training images, drawn at random")
-    return Similarity(
-        ds.name, tuple(names), len(rows), _normalized(unbiased), _normalized(biased), shared, k, tuple(notes)
-    )
-
-
-def linear_cka(x: NDArray[np.floating], y: NDArray[np.floating], *, debiased: bool = True) -> float:
-    """Linear centered kernel alignment of two embeddings of the same images.
-
-    ``‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)`` of centered X and Y (Kornblith et al. 2019, eq. 6); debiased, each of the three is
-    replaced by the unbiased estimator of HSIC (Song et al. 2012, eq. 5), which leaves out each image's similarity with
-    itself. Without that, embeddings with more dimensions than images are alike whatever they are.
-
-    Shapes: x, y (n, D).
-    """
-    parts = [_centered(x), _centered(y)]
-    values = np.array([[_hsic(a, b)[int(debiased)] for b in parts] for a in parts])
-    return float(_normalized(values)[0, 1])
+    return Similarity(ds.name, tuple(names), len(rows), cka(unbiased), cka(biased), shared, k, tuple(notes))
 
 
 def nearest_neighbors(x: NDArray[np.floating], k: int) -> NDArray[np.int64]:
@@ -444,13 +424,12 @@ def shared_neighbors(a: NDArray[np.int64], b: NDArray[np.int64]) -> float:
     return float((both[:, 1:] == both[:, :-1]).sum() / a.size)
 
 
-def _centered(x: NDArray[np.floating]) -> Array:
-    wide = np.asarray(x, dtype=np.float64)
-    return np.asarray(wide - wide.mean(axis=0))
-
-
-def _hsic(x: Array, y: Array) -> tuple[float, float]:
+def hsic(x: Array, y: Array) -> tuple[float, float]:
     """HSIC of centered X and Y with linear kernels, biased and unbiased, each but for a factor that only n sets.
+
+    Biased, `cka` of it is ``‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)`` (Kornblith et al. 2019, eq. 6). The unbiased estimator (Song et
+    al. 2012, eq. 5) leaves out each image's similarity with itself: without that, embeddings with more dimensions than
+    images are alike whatever they are.
 
     For K = XXᵀ and L = YYᵀ with their diagonals set to 0, a_i = ‖x_i‖² and b_i = ‖y_i‖²: tr(KL) = ‖XᵀY‖² − Σ a_i b_i,
     and K1 = −a because rows sum to 0 with the diagonal.
@@ -463,7 +442,7 @@ def _hsic(x: Array, y: Array) -> tuple[float, float]:
     return biased, float(unbiased)
 
 
-def _normalized(hsic: Array) -> Array:
-    """A matrix of HSIC divided by the roots of its diagonal; NaN where that is not positive."""
-    own = np.where(np.diag(hsic) > 0, np.diag(hsic), np.nan)
-    return np.asarray(hsic / np.sqrt(np.outer(own, own)))
+def cka(matrix: Array) -> Array:
+    """Centered kernel alignment: HSIC of each pair by the roots of its diagonal; NaN where that is not positive."""
+    own = np.where(np.diag(matrix) > 0, np.diag(matrix), np.nan)
+    return np.asarray(matrix / np.sqrt(np.outer(own, own)))

@@ -263,7 +263,6 @@ class DryRun:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON data."""
-
         cached = [
             {**plain(each), "differs": {k: {"wanted": a, "cached": b} for k, (a, b) in each.differs.items()}}
             for each in self.cached

@@ -48,7 +48,6 @@ from embcache.store.reading import (
 from embcache.store.recipe import Recipe
 from embcache.store.schema import RowIndex, StoreHeader
 
-_FEW = 5
 # Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
@@ -247,7 +246,7 @@ class _Repair:
         if gone and not self.how.allow_missing:
             raise DatasetError(
                 f"{len(gone):,} images of damaged shards are not here; the store was not changed",
-                code="images-not-here", found=f"no {first_few(list(map(repr, gone)), _FEW)}", where=self.dataset.root,
+                code="images-not-here", found=f"no {first_few([repr(id_) for id_ in gone])}", where=self.dataset.root,
                 fix="put them back, or continue without them: --allow-missing (their rows will say that they are "
                 "missing)",
             )  # fmt: skip
@@ -347,9 +346,8 @@ class _Repair:
         features = "had features" if known else "may have had features, for its index is damaged too"
         raise DatasetError(
             f"{len(lost):,} images of shard {number} cannot be read now, and {features}; the shard was not changed",
-            code="images-unreadable",
-            found=first_few([f"{id_!r}: {reason}" for id_, reason in lost.items()], _FEW), where=self.dataset.root,
-            fix=fix,
+            code="images-unreadable", found=first_few([f"{id_!r}: {reason}" for id_, reason in lost.items()]),
+            where=self.dataset.root, fix=fix,
         )  # fmt: skip
 
     def lost_rows(self, number: int, rows: ShardRows) -> tuple[bool, dict[str, str]]:

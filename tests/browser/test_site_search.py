@@ -24,7 +24,7 @@ def test_search_finds_a_page_from_disk(browser: Any, tmp_path: Path) -> None:
     for module in ("mkdocs", "material"):
         pytest.importorskip(module, reason="needs the extra `docs`")
     shutil.copytree(ROOT / "docs" / "assets", tmp_path / "docs" / "assets")
-    for name in ("index.md", "extraction.md"):  # with the site's own settings, and no reference of the code
+    for name in ("index.md", "demo.png", "extraction.md"):  # with the site's own settings, and no reference of the code
         shutil.copy(ROOT / "docs" / name, tmp_path / "docs" / name)
     (tmp_path / "mkdocs.yml").write_text(
         f"INHERIT: {ROOT / 'mkdocs.yml'}\nstrict: false\nhooks: []\nplugins: [search, offline]\n"

@@ -140,7 +140,7 @@ def test_on_noise_nothing_is_gained(home: Path) -> None:
     for draw in range(3):
         rng = np.random.default_rng(draw)
         labels = rng.permutation(np.arange(1_000) % 2)
-        x = rng.normal(size=(1_000, 60)).astype(np.float32)
+        x = rng.normal(size=(1_000, 40)).astype(np.float32)
         train, test = np.arange(200), np.arange(200, 1_000)
         split = ["train"] * 200 + ["test"] * 800
         found = audit(home / str(draw), x, labels, split, most=1_000, folds=3)

@@ -172,7 +172,7 @@ def test_coordinates_are_kept_and_made_anew_when_something_differs(
     made = counted(monkeypatch)
     x, ids = make_features(ds, 12), ds.table["id"].tolist()
 
-    def cached(n: int = 180, seed: int = 0, perplexity: float = 10) -> NDArray[np.float32]:
+    def cached(n: int = 60, seed: int = 0, perplexity: float = 10) -> NDArray[np.float32]:
         return cached_map(tmp_path, {}, ids[:n], x[:n], "tsne", seed=seed, perplexity=perplexity)
 
     first = cached()

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from embcache.commands import cache as commands
 from embcache.data.dataset import ImageDataset
-from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError
+from embcache.errors import StoreError, StoreNotFoundError, UsageError
 from embcache.maintain.export import export_features
-from embcache.maintain.listing import count_runs, list_cached, store_info, transform_words
+from embcache.maintain.listing import list_cached, store_info, transform_words
 from embcache.store.commit import ShardRows, commit_shard, write_snapshot, write_view
 from embcache.store.feature_store import FeatureStore, open_store
 from tests.refusal import refused
@@ -87,14 +87,6 @@ def test_a_damaged_store_is_listed_among_the_others(home: Path) -> None:
     assert len(rows) == 3
     assert [bool(row.problem) for row in rows].count(True) == 2
     assert not any(row.complete for row in rows if row.problem)
-
-
-def test_runs_are_counted(home: Path) -> None:
-    for name in ("one", "two", ".staged"):
-        (home / "ds" / "runs" / name).mkdir(parents=True)
-    (home / "empty" / "runs").mkdir(parents=True)
-    assert count_runs() == {"ds": 2}
-    assert count_runs(home / "nowhere") == {}
 
 
 def test_info_says_what_a_store_is_made_of(cached: tuple[FeatureStore, ImageDataset], home: Path) -> None:
@@ -296,11 +288,3 @@ def test_commands_on_an_empty_home_say_what_to_type(app: typer.Typer, home: Path
         run(app, ["info", "--backbone", "dino"], catch_exceptions=False)
     with refused(UsageError, "export-one-store"):
         run(app, ["export", "x.npz", "--backbone", "a,b"], catch_exceptions=False)
-
-
-def test_ls_names_a_damaged_store(cached: tuple[FeatureStore, ImageDataset], app: typer.Typer) -> None:
-    (cached[0].path / "shards" / "000000" / "commit.json").write_bytes(b"")
-    out = CliRunner().invoke(app, ["ls"], catch_exceptions=False).stdout
-    assert "damaged" in out
-    with pytest.raises(EmbcacheError, match="verify --repair --dataset ds --backbone random"):
-        CliRunner().invoke(app, ["info"], catch_exceptions=False)

@@ -53,7 +53,7 @@ def watch(patch: pytest.MonkeyPatch, before: Callable[..., object]) -> None:
     patch.setattr(repair, "make_again", make_again)
 
 
-@pytest.mark.parametrize(("kind", "how"), zip(KINDS, ("flip", "remove", "cut", "flip"), strict=True))
+@pytest.mark.parametrize(("kind", "how"), [*zip(KINDS, ("flip", "remove", "cut", "flip"), strict=True)])
 def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
     kind: str, how: str, make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from typer.testing import CliRunner
 
 from embcache.cli import app
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.errors import DatasetNotFoundError
 from embcache.maintain.repair import check_sample
 from embcache.maintain.verify import check_source
 from embcache.store.commit import ShardRows, commit_shard, discard
@@ -97,12 +95,3 @@ def test_hashing_finds_what_times_and_sizes_hide(make: Make, ds: ImageDataset, i
     assert not found.well
     fewer = check_source(FeatureStore(path), load_dataset("folder", images))
     assert (fewer.changed, fewer.missing, fewer.removed) == (("malignant/04.png",), (), 1)
-
-
-def test_without_the_images_there_is_one_message(make: Make, ds: ImageDataset, tmp_path: Path) -> None:
-    gone = dataclasses.replace(ds, root=tmp_path / "gone")
-    path = make("zarr")
-    with pytest.raises(DatasetNotFoundError, match="not here"):
-        check_source(FeatureStore(path), gone)
-    with pytest.raises(DatasetNotFoundError, match="not here"):
-        check_sample(path, gone, 3)
