@@ -111,9 +111,10 @@ def _table(arrays: Arrays, texts: Texts, source: dict[str, str]) -> pa.Table:
 
 
 def _write_npz(path: Path, arrays: Arrays, texts: Texts, source: dict[str, str]) -> None:
-    strings: dict[str, Any] = {name: np.array(values, np.str_) for name, values in {**texts, **source}.items()}
+    strings = {name: np.array(values, np.str_) for name, values in {**texts, **source}.items()}
+    held: dict[str, Any] = {**arrays, **strings}
     with path.open("wb") as file:
-        np.savez(file, **arrays, **strings)
+        np.savez(file, **held)
 
 
 def _write_parquet(path: Path, *rows: Any) -> None:
