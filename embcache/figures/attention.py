@@ -149,7 +149,7 @@ class RunAttention:
         """Plain JSON data; the map itself, which is large, is left out."""
 
         def finite(values: NDArray[np.float64]) -> list[list[float | None]]:
-            return np.where(np.isfinite(values), values, None).tolist()
+            return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
 
         return {
             "run": self.result.id, "dataset": self.result.dataset, "backbones": list(self.result.backbones),

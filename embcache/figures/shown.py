@@ -168,7 +168,7 @@ def fused_features(
                          found=result.id, fix="embcache results")  # fmt: skip
     fold, params = next(iter(fold_heads(result, run).items()))
     stacked = {name: p[None] for name, p in params.items()}
-    split = {name: torch.from_numpy(features[name])[None].split(_CHUNK, 1) for name in result.backbones}
+    split = {name: torch.split(torch.from_numpy(features[name])[None], _CHUNK, 1) for name in result.backbones}
     chunks = [dict(zip(split, parts, strict=True)) for parts in zip(*split.values(), strict=True)]
     embedded = torch.cat([head.embed(stacked, chunk)[0] for chunk in chunks])
     return fold, np.asarray(embedded.float().numpy())

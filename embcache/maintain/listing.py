@@ -120,9 +120,9 @@ def walk_stores(
 
 def list_cached(home: PathLike | None = None, dataset: str | None = None) -> list[CachedStore]:
     """Describe every store under ``home``; one that is damaged is listed with its problem."""
-    rows, snapshot = [], functools.cache(_snapshot)
+    rows, snapshot = [], functools.cache(lambda folder: _snapshot(folder, home))
     for path in store_folders(home, dataset):
-        name, ids = snapshot(path.parent, home)
+        name, ids = snapshot(path.parent)
         try:
             rows.append(_summary(FeatureStore(path), name, ids))
         except StoreError as error:

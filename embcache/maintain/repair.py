@@ -151,10 +151,9 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     off = np.where(compared, np.abs(cached - computed).max(axis=1) / scale, -1.0)
     tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision]
     tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
-    others = (tuple(id_ for id_, bad in zip(ids, flags, strict=True) if bad) for flags in (changed, ~rows.valid))
-    return SampleCheck(
-        int(compared.sum()), *others, max(float(off.max()), 0.0), tolerance, ids[off.argmax()] * bool(compared.any())
-    )
+    other, bad = (tuple(np.array(ids)[flags].tolist()) for flags in (changed, ~rows.valid))
+    worst = ids[int(off.argmax())] if compared.any() else ""
+    return SampleCheck(int(compared.sum()), other, bad, max(float(off.max()), 0.0), tolerance, worst)
 
 
 def repair_store(
