@@ -22,8 +22,7 @@ _NAMES = {
     "embcache.errors": "EmbcacheError UsageError",
     "embcache.extract.extract": "extract_features",
     "embcache.figures.audit": "audit_dataset",
-    "embcache.figures.rank": "rank",
-    "embcache.figures.similarity": "similarity",
+    "embcache.figures.rank": "rank similarity",
     "embcache.finetune.finetune": "finetune_images",
     "embcache.finetune.model": "load_finetuned",
     "embcache.probe.probe": "probe_features",
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from embcache.extract.extract import extract_features as extract_features
     from embcache.figures.audit import audit_dataset as audit_dataset
     from embcache.figures.rank import rank as rank
-    from embcache.figures.similarity import similarity as similarity
+    from embcache.figures.rank import similarity as similarity
     from embcache.finetune.finetune import finetune_images as finetune_images
     from embcache.finetune.model import load_finetuned as load_finetuned
     from embcache.probe.probe import probe_features as probe_features

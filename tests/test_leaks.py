@@ -12,9 +12,8 @@ import torch
 
 from embcache.data.dataset import ImageDataset
 from embcache.figures.audit import audit_dataset
-from embcache.figures.rank import rank
+from embcache.figures.rank import rank, similarity
 from embcache.figures.shown import shown_images
-from embcache.figures.similarity import similarity
 from embcache.probe.inputs import open_stores, plan_cached
 from embcache.probe.probe import probe_features
 from embcache.report.collect import choose, collect_parts

@@ -228,7 +228,7 @@ def gc(
     Example: embcache gc --dry-run --dataset nih
     """
     from embcache.maintain.gc import collect, collect_home
-    from embcache.maintain.verify import walk_stores
+    from embcache.maintain.listing import walk_stores
 
     done = list[Any]()
     stores, refused = walk_stores(home, dataset, backbone, recipe)
@@ -294,7 +294,8 @@ def verify(
             "--data-root and --name belong to one dataset", code="one-dataset",
             found=", ".join(dataset) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
         )  # fmt: skip
-    from embcache.maintain.verify import verify_store, walk_stores
+    from embcache.maintain.listing import walk_stores
+    from embcache.maintain.verify import verify_store
 
     loaders = {name: _Loader(name, ref, home) for name in dataset}
     stores, unread = walk_stores(home, [loader.folder() for loader in loaders.values()], backbone, recipe)

@@ -17,9 +17,8 @@ from embcache.log import log
 
 if TYPE_CHECKING:
     from embcache.extract.extract import Extraction
-    from embcache.figures.rank import Ranking
-    from embcache.figures.similarity import Similarity
-    from embcache.maintain.dry_run import DryRun
+    from embcache.figures.rank import Ranking, Similarity
+    from embcache.maintain.listing import DryRun
 
 
 @command()
@@ -52,7 +51,7 @@ def extract(
     from embcache.data.dataset import find_dataset
     from embcache.extract.engines.local import Stop, exit_status, stop_on_signals
     from embcache.extract.extract import extract as run
-    from embcache.maintain.dry_run import dry_run as explain
+    from embcache.maintain.listing import dry_run as explain
 
     answers, stop = list[dict[str, Any]](), Stop()
     done = list["Extraction"]()
@@ -262,8 +261,8 @@ def similarity(
 
     Example: embcache similarity --dataset pneumonia
     """
+    from embcache.figures.rank import similarity
     from embcache.figures.shown import open_datasets
-    from embcache.figures.similarity import similarity
 
     opened = open_datasets(dataset, ref, home, several=True)
     found = [similarity(ds, backbone, home=home, recipe=recipe, seed=seed) for ds in opened]

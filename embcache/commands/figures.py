@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
     from embcache.figures.attention import RunAttention
     from embcache.figures.audit import Audit
-    from embcache.figures.draw_maps import Maps
+    from embcache.figures.maps import Maps
     from embcache.results.layout import Table
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -168,7 +168,7 @@ def curves(
 
     Example: embcache curves --dataset pneumonia --head linear --figure curves.png
     """
-    from embcache.figures.draw_curves import draw_curves
+    from embcache.figures.run_plots import draw_curves
     from embcache.results.advice import advise, sentences
     from embcache.results.curves import find_results
 
@@ -249,7 +249,7 @@ def tsne(
         raise UsageError("points are written as CSV or Parquet", code="other-suffix", found=str(coordinates),
                          fix="--coordinates points.csv")  # fmt: skip
     ds = _one_dataset(dataset, ref, home)
-    from embcache.figures.draw_maps import draw_maps
+    from embcache.figures.maps import draw_maps
 
     maps = draw_maps(ds, backbone, config, home=home, targets=targets)
     if coordinates is not None:

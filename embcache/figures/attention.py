@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from embcache.backbones.catalog import LoadedBackbone, find_backbone, load_backb
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import read_image
-from embcache.errors import ProtocolError, UsageError
-from embcache.figures.shown import Shown, shown_images
+from embcache.errors import UsageError
+from embcache.figures.shown import Shown, check_dataset, fold_heads, own_protocol, shown_images
 from embcache.paths import PathLike
 from embcache.probe.heads.scalar_attention import sum_attention
 from embcache.probe.heads.trained import project
 from embcache.probe.inputs import load_features, open_stores
-from embcache.runs.folders import Result, load_heads
+from embcache.runs.folders import Result
 
 _TOGETHER = 256  # images whose attention is summed together
 _ENTROPIES = 16  # images whose entropies are computed together
@@ -39,29 +39,25 @@ Features = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def mean_attention(params: Params, x: Features, kind: str = "auto") -> NDArray[np.float32]:
+def mean_attention(params: Params, x: Features) -> NDArray[np.float32]:
     """Mean over images of the attention weights (N, N) of a ``dvme`` or ``dvme-token`` head; x holds (n, D).
 
     No map is kept per image.
     """
     n, tokens = _count(params, x)
-    return np.asarray((_sum_attention(params, x, tokens, kind) / n).float().cpu().numpy())
+    return np.asarray((_sum_attention(params, x, tokens) / n).float().cpu().numpy())
 
 
 @torch.no_grad()
-def mean_mass(params: Params, x: Features, kind: str = "auto") -> NDArray[np.float64]:
+def mean_mass(params: Params, x: Features) -> NDArray[np.float64]:
     """`mass_table` of `mean_attention`, in time linear in the number of tokens: the map is never formed."""
     n, tokens = _count(params, x)
-    return np.asarray((_sum_attention(params, x, len(x), kind) / (n * tokens / len(x))).cpu().numpy())
+    return np.asarray((_sum_attention(params, x, len(x)) / (n * tokens / len(x))).cpu().numpy())
 
 
 def mass_table(mean_map: NDArray[np.floating], n_backbones: int) -> NDArray[np.float64]:
     """How much attention the tokens of each backbone give to those of each other: (N, N) → (B, B)."""
-    n = len(mean_map)
-    if n_backbones < 1 or n % n_backbones or mean_map.shape != (n, n):
-        raise ValueError(f"a map of shape {mean_map.shape} is not one of {n_backbones} backbones")
-    each = n // n_backbones
-    blocks = np.asarray(mean_map, dtype=np.float64).reshape(n_backbones, each, n_backbones, each)
+    blocks = np.asarray(mean_map, dtype=np.float64).reshape(n_backbones, -1, n_backbones, len(mean_map) // n_backbones)
     return np.asarray(blocks.sum(3).mean(1))
 
 
@@ -80,10 +76,8 @@ def mean_entropy(params: Params, x: Features) -> float:
 def _count(params: Params, x: Features) -> tuple[int, int]:
     """Images, and tokens of each."""
     if "attn.qkv.weight" not in params:
-        raise UsageError(
-            "this head has no attention", code="no-attention", expected="a head trained with dvme or dvme-token",
-            found=", ".join(sorted(params)) or "no parameters", fix="embcache probe --head dvme",
-        )  # fmt: skip
+        raise UsageError("this head has no attention", code="no-attention", fix="embcache probe --head dvme",
+                         expected="a head trained with dvme or dvme-token", found=", ".join(params))  # fmt: skip
     n = len(next(iter(x.values()))) if x else 0
     if n == 0:
         raise UsageError("attention is averaged over images", code="no-images", expected="at least one", found="none")
@@ -94,21 +88,21 @@ def _queries_and_keys(params: Params, x: Features, together: int) -> Iterator[tu
     """Queries and keys (images, N, d) of some images at a time."""
     n, tokens = _count(params, x)
     stacked = {name: p[None].float() for name, p in params.items()}
-    weight, bias = params["attn.qkv.weight"].float(), params["attn.qkv.bias"].float()  # (3d, d), (3d,)
+    weight, bias = stacked["attn.qkv.weight"][0], stacked["attn.qkv.bias"][0]  # (3d, d), (3d,)
     width = weight.shape[1]  # numbers that a token holds
     for rows in torch.split(torch.arange(n), together):
         part = {backbone: features[rows].to(weight)[None] for backbone, features in x.items()}
         meta = project(stacked, part)[0].view(len(rows), tokens, width)
-        q, k = (meta @ weight[i * width : (i + 1) * width].T + bias[i * width : (i + 1) * width] for i in (0, 1))
+        q, k = (meta @ weight[i : i + width].T + bias[i : i + width] for i in (0, width))
         yield q, k
 
 
-def _sum_attention(params: Params, x: Features, parts: int, kind: str) -> Tensor:
+def _sum_attention(params: Params, x: Features, parts: int) -> Tensor:
     """Attention from each part of the tokens to each other, summed over images and a part's tokens; (parts, parts)."""
     total = torch.zeros(parts, parts, dtype=torch.float64, device=params["attn.qkv.weight"].device)
     for q, k in _queries_and_keys(params, x, _TOGETHER):
         if q.shape[2] == 1:
-            total += sum_attention(q[..., 0], k[..., 0], parts, kind)
+            total += sum_attention(q[..., 0], k[..., 0], parts)
         else:
             weights = (torch.bmm(q, k.transpose(1, 2)) / math.sqrt(q.shape[2])).softmax(-1)  # (images, N, N)
             total += weights.sum(0, dtype=torch.float64)  # a token is a backbone: N parts either way
@@ -153,78 +147,66 @@ class RunAttention:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; the map itself, which is large, is left out."""
+
+        def finite(values: NDArray[np.float64]) -> list[list[float | None]]:
+            return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
         return {
             "run": self.result.id, "dataset": self.result.dataset, "backbones": list(self.result.backbones),
-            "n_test": len(self.shown.ids), "folds": self.folds, "mass": _finite(self.mass),
-            "mass_std": _finite(self.mass_std), "by_class": {k: _finite(v) for k, v in self.by_class.items()},
+            "n_test": len(self.shown.ids), "folds": self.folds, "mass": finite(self.mass),
+            "mass_std": finite(self.mass_std), "by_class": {k: finite(v) for k, v in self.by_class.items()},
             "entropy": self.entropy, "entropy_std": None if self.folds < 2 else self.entropy_std,
             "received": [{"backbone": b, "component": c, "share": s} for b, c, s in self.received],
         }  # fmt: skip
-
-
-def _finite(values: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
 def run_attention(
     ds: ImageDataset, result: Result, run: Path, *, home: PathLike | None = None, recipe: str | None = None
 ) -> RunAttention:
     """Attention of a run of ``dvme`` or ``dvme-token`` over the labeled test images of its protocol."""
-    if result.dataset != ds.name:
-        raise UsageError("a run of another dataset", code="other-dataset", expected=ds.name,
-                         found=f"{result.id} of {result.dataset}")  # fmt: skip
+    check_dataset(result, ds)
     stores = open_stores(ds, [list(result.backbones)], home, recipe)
-    protocol = {key: result.request[key] for key in ("seed", "test") if key in result.request}
-    shown = shown_images(ds, list(stores.values()), **protocol)
+    shown = shown_images(ds, list(stores.values()), **own_protocol(result))
     x = {name: load_features(stores[name], ds, shown.ids) for name in result.backbones}
-    heads = [params for params in load_heads(run) if params]
-    if not heads:
-        raise ProtocolError("no fold of this run has a model", code="no-model", found=result.id, where=run)
-    weights: NDArray[np.float64] = np.zeros((0, 0))
+    heads = list(fold_heads(result, run).values())
+    weights: NDArray[np.float64] = np.zeros(())
     for params in heads:  # one map at a time, however many folds there are
-        one = mean_attention(params, x).astype(np.float64) / len(heads)
-        weights = weights + one if weights.size else one
+        weights = weights + mean_attention(params, x).astype(np.float64) / len(heads)
     present, counts = np.unique(shown.labels, return_counts=True)
-    each = np.stack([_by_class(heads, x, shown.labels == label) for label in present])  # (classes, folds, B, B)
-    masses = np.einsum("c,cfij->fij", counts / counts.sum(), each)  # of all images, each counted once
+    masses = []
+    for label in present:
+        rows = torch.from_numpy(np.flatnonzero(shown.labels == label))
+        part = {name: features[rows] for name, features in x.items()}
+        masses.append([mean_mass(params, part) for params in heads])
+    each = np.array(masses)  # (classes, folds, B, B)
+    mass = np.einsum("c,cfij->fij", counts / counts.sum(), each)  # of all images, each counted once
     entropies = np.array([mean_entropy(params, x) for params in heads])
     several = len(heads) > 1
+    shares = weights.mean(0)  # a token's share of what all tokens give; sums to 1
+    width, order = len(shares) // len(result.backbones), np.argsort(-shares, kind="stable")[:_MOST].tolist()
     return RunAttention(
         result=result,
         shown=shown,
         weights=weights.astype(np.float32),
-        mass=masses.mean(0),
-        mass_std=masses.std(0, ddof=1) if several else np.full_like(masses[0], np.nan),
-        by_class={ds.class_names[label]: mass.mean(0) for label, mass in zip(present.tolist(), each, strict=True)},
+        mass=mass.mean(0),
+        mass_std=mass.std(0, ddof=1) if several else np.full_like(mass[0], np.nan),
+        by_class={ds.class_names[label]: own.mean(0) for label, own in zip(present.tolist(), each, strict=True)},
         entropy=float(entropies.mean()),
         entropy_std=float(entropies.std(ddof=1)) if several else math.nan,
-        received=_received(weights, result.backbones),
+        received=tuple((result.backbones[i // width], i % width, float(shares[i])) for i in order),
         folds=len(heads),
     )
 
 
-def _by_class(heads: Sequence[Params], x: Features, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mass of some images under each head, (folds, B, B)."""
-    rows = torch.from_numpy(np.flatnonzero(chosen))
-    part = {name: features[rows] for name, features in x.items()}
-    return np.stack([mean_mass(params, part) for params in heads])
-
-
-def _received(weights: NDArray[np.floating], backbones: tuple[str, ...]) -> tuple[tuple[str, int, float], ...]:
-    shares = np.asarray(weights, dtype=np.float64).mean(0)  # a token's share of what all tokens give; sums to 1
-    each = len(shares) // len(backbones)
-    order = np.argsort(-shares, kind="stable")[: min(_MOST, len(shares))]
-    return tuple((backbones[int(i) // each], int(i) % each, float(shares[i])) for i in order)
-
-
 def draw_attention(found: RunAttention, synthetic: bool, target: Path) -> Path:
     """Draw the mean map and the table of masses, PNG, SVG or PDF by the target's suffix."""
-    from embcache.figures.plots import AttentionPanel, plot_attention  # what only reads numbers needs no matplotlib
+    from embcache.figures.plots import plot_attention  # what only reads numbers needs no matplotlib
 
     r = found.result
-    title = f"{r.dataset}{' (synthetic)' if synthetic else ''}, {found.folds} folds trained on {r.subset}"
-    panel = AttentionPanel(title, r.backbones, found.weights, mass_table(found.weights, len(r.backbones)))
-    return plot_attention([panel], f"attention of {r.head}, mean over {len(found.shown.ids):,} test images", target)
+    own = f"{r.dataset}{' (synthetic)' * synthetic}, {found.folds} folds trained on {r.subset}"
+    title = f"attention of {r.head}, mean over {len(found.shown.ids):,} test images"
+    mass = mass_table(found.weights, len(r.backbones))
+    return plot_attention(found.weights, mass, r.backbones, (own, title), target)
 
 
 # Of a vision transformer.
@@ -241,13 +223,9 @@ class ClassAttention:
 
 
 def image_attention(
-    image: PathLike,
-    backbone: str = "dino",
-    *,
-    weights: PathLike | None = None,
-    transform: str | None = None,
+    image: PathLike, backbone: str, *, weights: PathLike | None = None, transform: str | None = None,
     home: PathLike | None = None,
-) -> ClassAttention:
+) -> ClassAttention:  # fmt: skip
     """Attention of the last block's class token to the patches of one image file."""
     path = Path(image).expanduser()
     if not path.is_file():
@@ -263,7 +241,12 @@ def image_attention(
 def class_attention(loaded: LoadedBackbone, transform: Transform, pixels: NDArray[np.uint8]) -> ClassAttention:
     """As `image_attention`, of pixels (H, W, 3) at the transform's size."""
     module: Any = loaded.module
-    attention = _last_attention(module, loaded.spec.name)
+    # The attention of the last block of any vision transformer of timm, whose classes differ.
+    blocks = getattr(module, "blocks", None)
+    last = blocks[-1] if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) else None
+    attention: Any = getattr(last, "attn", None)
+    if getattr(module, "cls_token", None) is None or not isinstance(getattr(attention, "attn_drop", None), nn.Module):
+        raise _no_class_token(loaded.spec.name)
     seen: list[Tensor] = []
     was_fused = getattr(attention, "fused_attn", False)
     # The fused path never forms the weights; the plain one gives them to the dropout after the softmax.
@@ -282,16 +265,6 @@ def class_attention(loaded: LoadedBackbone, transform: Transform, pixels: NDArra
         raise _no_class_token(loaded.spec.name)
     heads = weights[:, 0, before:].reshape(-1, *grid)
     return ClassAttention(loaded.spec.name, pixels, np.asarray(heads.numpy(), dtype=np.float32), patch)
-
-
-def _last_attention(module: Any, name: str) -> Any:
-    """The attention of the last block of any vision transformer of timm, whose classes differ."""
-    blocks = getattr(module, "blocks", None)
-    last = blocks[-1] if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) else None
-    attention = getattr(last, "attn", None)
-    if getattr(module, "cls_token", None) is None or not isinstance(getattr(attention, "attn_drop", None), nn.Module):
-        raise _no_class_token(name)
-    return attention
 
 
 def _no_class_token(name: str) -> UsageError:

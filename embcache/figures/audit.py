@@ -130,9 +130,10 @@ class _Images:
     n: int
     class_names: tuple[str, ...]
 
-    def folds(self, folds: int, seed: int) -> IntArray:
-        """The fold of each training image, classes spread evenly and no group divided; any class may be rare."""
-        return stratified_group_folds(self.labels[: self.n], self.groups[: self.n].tolist(), folds, seed)
+    def folds(self, folds: int, seed: int) -> list[IntArray]:
+        """Training images of each fold, classes spread evenly and no group divided; any class may be rare."""
+        fold_of = stratified_group_folds(self.labels[: self.n], self.groups[: self.n].tolist(), folds, seed)
+        return [np.flatnonzero(fold_of == k) for k in range(folds)]
 
     def of_classes(self, classes: Sequence[int]) -> _Images:
         """The images of some classes, these numbered anew."""
@@ -169,15 +170,28 @@ def audit_dataset(
         sides.ids[rows], sides.labels[rows], sides.groups[rows], split,
         load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names),
     )  # fmt: skip
-    _check(images, ds)
+    if images.n < 2:
+        raise ProtocolError(
+            f"{ds.name} has too few training images to audit", code="too-few-images",
+            expected="at least 2, labeled and readable", found=str(images.n), where=ds.root,
+        )  # fmt: skip
+    if bad := images.ids[~torch.isfinite(images.x).all(dim=1).numpy()].tolist():
+        raise ProtocolError(
+            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite", code="not-finite",
+            found=first_few([repr(id_) for id_ in bad]), fix="remove the store and extract again, in fp32: embcache ls",
+        )  # fmt: skip
     pairs, closeness = _compare(images, config.similarity)
-    judge, errors, notes = _judge(images, config.most, config.folds, config.seed)
-    outliers = _outliers(images, closeness)
-    trusted = () if judge is None or judge.too_weak else errors
-    exclude = _exclude(images, pairs, trusted, outliers)
+    judge, errors, notes = _judge(images, config)
+    usual = closeness[: images.n]
+    # A standard deviation, were they normal.
+    spread = 1.4826 * np.median(np.abs(usual - np.median(usual)))
+    deviations = (np.median(usual) - closeness) / max(float(spread), 1e-12)
+    far = [i for i in np.argsort(-deviations, kind="stable") if deviations[i] > FAR]
+    outliers = tuple(Outlier(str(images.ids[i]), float(deviations[i]), str(images.split[i])) for i in far)
+    exclude = _exclude(images, pairs, () if judge is None or judge.too_weak else errors, outliers)
     effect, reason = None, ""
     if exclude:
-        effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, config.folds, config.seed)
+        effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, config)
     own = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
     return Audit(
         ds.name, backbone, len(train), len(test), pairs, judge, errors, outliers, exclude, effect, reason,
@@ -185,26 +199,11 @@ def audit_dataset(
     )  # fmt: skip
 
 
-def _check(images: _Images, ds: ImageDataset) -> None:
-    if images.n < 2:
-        raise ProtocolError(
-            f"{ds.name} has too few training images to audit", code="too-few-images",
-            expected="at least 2, labeled and readable", found=str(images.n), where=ds.root,
-        )  # fmt: skip
-    bad = images.ids[~torch.isfinite(images.x).all(dim=1).numpy()].tolist()
-    if bad:
-        raise ProtocolError(
-            f"{len(bad):,} of {len(images.ids):,} images have features that are not finite", code="not-finite",
-            found=first_few([repr(id_) for id_ in bad]), fix="remove the store and extract again, in fp32: embcache ls",
-        )  # fmt: skip
-
-
 def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float]:
     """Near-duplicates among all images, and each image's mean similarity to its nearest other training images, (N,)."""
     z = standard_directions(images.x.numpy(), by=images.x[: images.n].numpy())
     total, n, k = len(z), images.n, min(NEIGHBORS, images.n - 1)
-    closeness = np.empty(total)
-    pairs = []
+    closeness, pairs = np.empty(total), []
     for start in range(0, total, _BLOCK):
         similar = z[start : start + _BLOCK] @ z.T  # (block, N)
         own = np.arange(len(similar))
@@ -212,45 +211,41 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
         closeness[start : start + len(similar)] = np.partition(similar[:, :n], n - k, axis=1)[:, n - k :].mean(axis=1)
         for row, other in np.argwhere(similar >= threshold).tolist():
             one = start + row
-            if one >= other:
-                continue
-            across, same_group = one < n <= other, images.groups[one] == images.groups[other]
-            kind = "across splits" if across else "within a group" if same_group else "across groups"
-            same, cosine = bool(images.labels[one] == images.labels[other]), float(similar[row, other])
-            pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), min(cosine, 1.0), kind, same))
+            if one < other:
+                same_group, same_label = (bool(a[one] == a[other]) for a in (images.groups, images.labels))
+                kind = "across splits" if one < n <= other else "within a group" if same_group else "across groups"
+                cosine = min(float(similar[row, other]), 1.0)
+                pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), cosine, kind, same_label))
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.one, pair.other))), closeness
 
 
-def _judge(
-    images: _Images, most: int, folds: int, seed: int
-) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
+def _judge(images: _Images, config: AuditConfig) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
     """Likely label errors of the classes that have enough groups, how good the models are, and notes."""
     names, here = images.class_names, images.labels[: images.n]
     groups = [len(set(images.groups[: images.n][here == c].tolist())) for c in range(len(names))]
-    judged = [c for c, count in enumerate(groups) if count >= folds]
+    judged = [c for c, count in enumerate(groups) if count >= config.folds]
     rare = ", ".join(f"{name} ({groups[c]})" for c, name in enumerate(names) if c not in judged)
-    notes = (f"labels are not judged of classes with fewer than {folds} groups in training: {rare}",) if rare else ()
+    note = f"labels are not judged of classes with fewer than {config.folds} groups in training: {rare}"
+    notes = (note,) if rare else ()
     if len(judged) < 2:
         return None, (), notes
     some = images.of_classes(judged) if rare else images
-    p = _calibrated(some, folds, seed)
-    doubted = doubted_labels(some.labels, p, some.n)
-    y, right, n = some.labels[: some.n], p.argmax(1)[: some.n] == some.labels[: some.n], some.n
-    shares = np.array([doubted[:n][y == c].mean() for c in range(len(judged))])
+    p, labels, n = _calibrated(some, config.folds, config.seed), some.labels, some.n
+    rows, best, doubted = np.arange(len(p)), p.argmax(1), doubted_labels(labels, p, n)
+    of_class = [rows[:n][labels[:n] == c] for c in range(len(judged))]
+    shares = np.array([doubted[own].mean() for own in of_class])
     judge = Judge(
         labels=n,
         test_labels=len(p) - n,
         found=int(doubted[:n].sum()),
         test_found=int(doubted[n:].sum()),
         share=float(shares.mean()),
-        balanced_accuracy=float(np.mean([right[y == c].mean() for c in range(len(judged))])),
+        balanced_accuracy=float(np.mean([(best[own] == labels[own]).mean() for own in of_class])),
         too_weak=bool(shares.mean() > CREDIBLE or shares.max() > 0.5),
     )
-    rows, best, labels = np.arange(len(p)), p.argmax(1), some.labels
-    excess = p[rows, labels] - p[rows, best]
-    order = np.argsort(excess, kind="stable")  # most confident first
+    order = np.argsort(p[rows, labels] - p[rows, best], kind="stable")  # most confident first
     # Capped on each side of its own: no test label decides which training labels are listed.
-    listed = {i for side in (rows < n, rows >= n) for i in order[(doubted & side)[order]][:most].tolist()}
+    listed = {i for side in (rows < n, rows >= n) for i in order[(doubted & side)[order]][: config.most].tolist()}
     errors = [
         LabelError(
             str(some.ids[i]), judged[labels[i]], judged[best[i]], float(p[i, labels[i]]), float(p[i, best[i]]),
@@ -279,10 +274,9 @@ def _calibrated(images: _Images, folds: int, seed: int) -> Float:
     A test image has the mean of all models, which are of training images.
     """
     y, n, classes = images.labels, images.n, len(images.class_names)
-    fold_of = images.folds(folds, seed)
+    parts = images.folds(folds, seed)
     found = np.zeros((len(y), classes))
-    for k in range(folds):
-        held, val = np.flatnonzero(fold_of == k), np.flatnonzero(fold_of == (k + 1) % folds)
+    for held, val in zip(parts, [*parts[1:], parts[0]], strict=True):
         train = np.setdiff1d(np.arange(n), np.concatenate([held, val]))
         others = np.concatenate([val, held, np.arange(n, len(y))])
         # The head weighs classes alike; their shares in training turn its odds into those of the data.
@@ -310,58 +304,42 @@ def _logits(
     return np.asarray(logits[0].double().numpy())
 
 
-def _outliers(images: _Images, closeness: Float) -> tuple[Outlier, ...]:
-    usual = closeness[: images.n]
-    middle = np.median(usual)
-    spread = 1.4826 * np.median(np.abs(usual - middle))  # a standard deviation, were they normal
-    deviations = (middle - closeness) / max(float(spread), 1e-12)
-    far = np.flatnonzero(deviations > FAR)
-    order = far[np.argsort(-deviations[far], kind="stable")]
-    return tuple(Outlier(str(images.ids[i]), float(deviations[i]), str(images.split[i])) for i in order)
-
-
 def _exclude(
     images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], outliers: Sequence[Outlier]
 ) -> tuple[tuple[str, str], ...]:
     """Training images to leave out, each with its first reason."""
-    reasons: dict[str, str] = {}
     # An image of a rare class is far from others only because there are few like it.
     common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
     usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
-    for pair in pairs:
-        if pair.kind == "across splits":  # the training image comes first
-            reasons.setdefault(pair.one, f"near-duplicate of the test image {pair.other}")
-    for error in errors:
-        if error.split != "test":
-            name = images.class_names[error.proposed]
-            reasons.setdefault(error.id, f"likely label error ({name}: p = {error.p_proposed:.3f})")
-    for outlier in outliers:
-        if outlier.id in usual:
-            reasons.setdefault(outlier.id, f"outlier ({outlier.deviations:.1f} deviations)")
-    return tuple(reasons.items())
+    names = images.class_names
+    found = [
+        # Of a pair across splits the training image comes first.
+        *((p.one, f"near-duplicate of the test image {p.other}") for p in pairs if p.kind == "across splits"),
+        *((e.id, f"likely label error ({names[e.proposed]}: p = {e.p_proposed:.3f})")
+          for e in errors if e.split != "test"),
+        *((o.id, f"outlier ({o.deviations:.1f} deviations)") for o in outliers if o.id in usual),
+    ]  # fmt: skip
+    first = dict(reversed(found))
+    return tuple((id_, first[id_]) for id_ in dict(found))
 
 
-def _effect(images: _Images, excluded: set[str], metric: str, folds: int, seed: int) -> tuple[Effect | None, str]:
+def _effect(images: _Images, excluded: set[str], metric: str, config: AuditConfig) -> tuple[Effect | None, str]:
     """What leaving training images out does to the test metric, or why it cannot be measured."""
     y, test = images.labels, np.arange(images.n, len(images.labels))
-    out = np.array([id_ in excluded for id_ in images.ids])
-    fold_of = images.folds(folds, seed)
-    parts = [(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(folds)]
-    gone = sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])})
-    if gone:
+    out = np.isin(images.ids.astype(str), list(excluded))
+    parts = [(np.setdiff1d(np.arange(images.n), val), val) for val in images.folds(config.folds, config.seed)]
+    if gone := sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])}):
         return None, f"{', '.join(images.class_names[c] for c in gone)} would be gone"
     if len(np.unique(y[test])) < 2:
         return None, "the labeled test images are not of two classes"
     if any(len(np.unique(y[val[~out[val]]])) < 2 for _, val in parts):
         return None, "a fold would have images of one class only to validate on"
-    before: list[float] = []
-    after: list[float] = []
-    for train, val in parts:
-        for rows, held, scores in ((train, val, before), (train[~out[train]], val[~out[val]], after)):
-            logits = _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric)
-            scores.append(score(metric, y[test], logits))
-    return Effect(metric, _mean_sd(before), _mean_sd(after)), ""
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1))
+    scores = np.array([
+        [
+            score(metric, y[test], _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric))
+            for rows, held in ((train, val), (train[~out[train]], val[~out[val]]))
+        ]
+        for train, val in parts
+    ])  # fmt: skip
+    before, after = ((float(mean), float(sd)) for mean, sd in zip(scores.mean(0), scores.std(0, ddof=1), strict=True))
+    return Effect(metric, before, after), ""

@@ -1,29 +1,39 @@
-"""Maps of embeddings in the plane (the paper's Figures 2, D1, D2), their scores, and their cached coordinates."""
+"""Maps of embeddings in the plane (the paper's Figures 2, D1, D2) with their scores; coordinates are cached."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from sklearn.metrics import pairwise_distances_chunked
 
+from embcache.config import MapConfig
 from embcache.cores import usable_cores
-from embcache.errors import ProtocolError, StoreError, UsageError, check_choice, check_number
+from embcache.data.classes import class_flags, class_words
+from embcache.data.dataset import ImageDataset
+from embcache.errors import ProtocolError, StoreError, UsageError
+from embcache.figures.shown import Shown, backbones_or_cached, check_dataset, fused_features, own_protocol, shown_images
 from embcache.io import keep_file
+from embcache.paths import PathLike, home_dir, slug
+from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.layers import standardized
+from embcache.runs.folders import Result, find_run_anywhere
 from embcache.sealed import read_sealed, seal
 
-METHODS = {"tsne": "openTSNE", "umap": "umap-learn", "pca": "scikit-learn"}
-"""Methods, each with the package that it is from."""
+Points = NDArray[np.float32]  # (n, 2)
+METHODS = {"tsne": ("t-SNE", "openTSNE"), "umap": ("UMAP", "umap-learn"), "pca": ("PCA", "scikit-learn")}
+"""Methods, each with its name and the package that it is from."""
 
 PERPLEXITY = 30.0
 NEIGHBORS = 10
@@ -38,13 +48,8 @@ _DISTANCES = 256  # MiB of distances held at a time
 _FEW = 10_000  # images up to which exact neighbors and Barnes-Hut are faster (docs/log.md)
 
 
-def embed_map(
-    features: ArrayLike, method: str = "tsne", *, seed: int = 0, perplexity: float = PERPLEXITY
-) -> NDArray[np.float32]:
+def embed_map(features: ArrayLike, method: str = "tsne", *, seed: int = 0, perplexity: float = PERPLEXITY) -> Points:
     """Two-dimensional map of standardized features (n, D) → (n, 2); the same for the same seed."""
-    check_choice("--method", method, METHODS)
-    check_number("--perplexity", perplexity, 1.0, 1000.0)
-    check_number("--seed", seed, 0, 2**32 - 1)
     X = np.asarray(features, dtype=np.float32)
     if len(X) < 4:
         raise ProtocolError("too few images for a map", code="too-few-images", expected="at least 4",
@@ -65,7 +70,7 @@ def _principal(X: NDArray[np.float32], seed: int, most: int) -> NDArray[np.float
     return np.asarray(found, dtype=np.float32)
 
 
-def _tsne(X: NDArray[np.float32], seed: int, perplexity: float) -> NDArray[np.float32]:
+def _tsne(X: NDArray[np.float32], seed: int, perplexity: float) -> Points:
     from openTSNE import TSNE
 
     start, few = X[:, :2], len(X) <= _FEW
@@ -81,7 +86,7 @@ def _tsne(X: NDArray[np.float32], seed: int, perplexity: float) -> NDArray[np.fl
     return np.asarray(tsne.fit(X), dtype=np.float32)
 
 
-def _umap(X: NDArray[np.float32], seed: int, neighbors: int) -> NDArray[np.float32]:
+def _umap(X: NDArray[np.float32], seed: int, neighbors: int) -> Points:
     try:
         from umap import UMAP
     except ImportError as error:
@@ -93,30 +98,20 @@ def _umap(X: NDArray[np.float32], seed: int, neighbors: int) -> NDArray[np.float
 
 
 def cached_map(
-    folder: Path,
-    source: Mapping[str, Any],
-    ids: Sequence[str],
-    features: NDArray[np.float32],
-    method: str,
-    *,
-    seed: int,
-    perplexity: float,
-) -> NDArray[np.float32]:
+    folder: Path, source: Mapping[str, Any], ids: Sequence[str], features: NDArray[np.float32], method: str,
+    *, seed: int, perplexity: float,
+) -> Points:  # fmt: skip
     """`embed_map` of features (n, D), read where the same map was computed before; ``source`` names their origin."""
     try:
-        package = version(METHODS[method]) if method in METHODS else ""
+        package = version(METHODS[method][1])
     except PackageNotFoundError:
         package = ""
+    images, content = "\0".join(ids).encode("utf-8"), np.ascontiguousarray(features).tobytes()
     key = {
-        "source": dict(source),
-        "images": hashlib.sha256("\0".join(ids).encode("utf-8")).hexdigest(),
-        "features": hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest(),
-        "method": method,
-        "seed": seed,
-        "perplexity": perplexity,
-        "map": MAP_VERSION,
-        "version": package,
-    }
+        "source": dict(source), "images": hashlib.sha256(images).hexdigest(),
+        "features": hashlib.sha256(content).hexdigest(), "method": method, "seed": seed, "perplexity": perplexity,
+        "map": MAP_VERSION, "version": package,
+    }  # fmt: skip
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8")).hexdigest()[:16]
     path = folder / f"{method}-{name}.json"
     try:
@@ -170,9 +165,9 @@ def _scores_among_groups(
 ) -> tuple[float | None, float | None]:
     """Silhouette and balanced accuracy of neighbors, in one pass over the distances between images of other groups."""
     classes, y = np.unique(labels, return_inverse=True)
-    group = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1]
+    group, names = pd.factorize(np.asarray(groups, dtype=object).astype(str))
     one_hot = np.eye(len(classes))[y]  # (n, C)
-    own_group = np.zeros((group.max() + 1, len(classes)))
+    own_group = np.zeros((len(names), len(classes)))
     np.add.at(own_group, group, one_hot)
     counts = one_hot.sum(0) - own_group[group]  # (n, C) of images of other groups
     k = min(k, len(x) - 1)
@@ -202,3 +197,119 @@ def _scores_among_groups(
     within, between = within[known], between[known]
     silhouettes[known] = (between - within) / np.maximum(np.maximum(within, between), 1e-30)
     return float(silhouettes.mean()) if known.any() else None, float(np.mean(recalls)) if recalls else None
+
+
+# Side by side.
+
+
+@dataclass(frozen=True, eq=False)
+class MapPanel:
+    """One embedding and its map."""
+
+    label: str  # backbone, or what a run fuses
+    remark: str  # such as that it was trained with labels
+    dim: int  # of the embedding
+    coordinates: Points
+    scores: MapScores
+    source: dict[str, Any]  # fingerprint of the recipe; or run, fold and fingerprints
+
+
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """Maps of the same images."""
+
+    dataset: str
+    method: str
+    class_names: tuple[str, ...]
+    shown: Shown  # the images
+    panels: tuple[MapPanel, ...]
+    paths: tuple[Path, ...]  # the figure, once in each format
+
+    def table(self) -> pd.DataFrame:
+        """One row per image and embedding: ``embedding, id, label, class_name, x, y``."""
+        names = [self.class_names[label] for label in self.shown.labels]
+        images = {"id": self.shown.ids, "label": self.shown.labels, "class_name": names}
+        parts = [
+            pd.DataFrame({"embedding": p.label, **images, "x": p.coordinates[:, 0], "y": p.coordinates[:, 1]})
+            for p in self.panels
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        panels = [
+            {
+                "embedding": p.label, "remark": p.remark, "dimensions": p.dim, **asdict(p.scores), "source": p.source,
+                "coordinates": p.coordinates.tolist(),
+            }
+            for p in self.panels
+        ]  # fmt: skip
+        return {
+            "dataset": self.dataset, "method": self.method, "rows": self.shown.remark, "ids": self.shown.ids,
+            "labels": self.shown.labels.tolist(), "class_names": list(self.class_names), "panels": panels,
+            "figures": [str(path) for path in self.paths],
+        }  # fmt: skip
+
+
+def draw_maps(
+    ds: ImageDataset,
+    backbones: Sequence[str] = (),
+    config: MapConfig | None = None,
+    *,
+    home: PathLike | None = None,
+    targets: Sequence[PathLike] = (),
+    **options: Any,
+) -> Maps:
+    """Map cached embeddings of the same images and draw the maps side by side; ``options`` are fields of ``config``."""
+    from embcache.figures.plots import Map, plot_maps  # what only maps needs no matplotlib
+
+    config = MapConfig.make(config, options)
+    found = [find_run_anywhere(run, home) for run in config.run]
+    for result, _ in found:
+        _check_run(result, ds, found[0][0])
+    names = list(dict.fromkeys(backbones)) if backbones or found else backbones_or_cached(ds, (), home)
+    needed = list(dict.fromkeys([*names, *(b for result, _ in found for b in result.backbones)]))
+    stores = open_stores(ds, [needed], home, config.recipe)
+    protocol = own_protocol(found[0][0]) if found else {"seed": config.seed}
+    shown = shown_images(ds, list(stores.values()), rows=config.rows, most=config.limit, **protocol)
+    features = {name: load_features(store, ds, shown.ids).numpy() for name, store in stores.items()}
+    prints = {name: store.recipe.fingerprint for name, store in stores.items()}
+    embeddings = [(name, "", features[name], {"recipe": prints[name]}) for name in names]
+    for result, path in found:
+        fold, fused = fused_features(result, path, features)
+        source = {"run": result.id, "fold": str(fold), **{name: prints[name] for name in result.backbones}}
+        remark = f"trained with labels ({result.subset}, fold {fold})"
+        embeddings.append((f"{result.head}: {' + '.join(result.backbones)}", remark, fused, source))
+    folder, panels, maps = home_dir(home) / slug(ds.name) / "figures", [], []
+    for label, remark, x, source in embeddings:
+        coordinates = cached_map(
+            folder / "coordinates", source, shown.ids, x, config.method, seed=config.seed, perplexity=config.perplexity
+        )
+        s = score_map(x, coordinates, shown.labels, shown.groups)
+        panels.append(MapPanel(label, remark, x.shape[1], coordinates, s, source))
+        silhouette, accuracy = decimals(s.silhouette, 2), decimals(s.knn_accuracy, 3)
+        caption = f"silhouette {silhouette} · k-NN {accuracy} · trust {s.trustworthiness:.3f}"
+        maps.append(Map(f"{label}\n{remark}".rstrip(), coordinates, shown.labels, caption))
+    paths = tuple(Path(target) for target in targets) or (folder / f"{config.method}.png",)
+    title = f"{METHODS[config.method][0]}, {ds.name}{' (synthetic)' * ds.synthetic}: {shown.remark}"
+    for target in paths:
+        plot_maps(maps, ds.class_names, f"{title}, n = {len(shown.ids):,}", target)
+    return Maps(ds.name, config.method, tuple(ds.class_names), shown, tuple(panels), paths)
+
+
+def _check_run(result: Result, ds: ImageDataset, first: Result) -> None:
+    check_dataset(result, ds)
+    classes = result.request.get("classes", {})
+    if classes != ds.renamed:
+        raise UsageError(
+            "a run with other classes has other test images", code="other-classes",
+            expected=class_words(ds.renamed) or "all classes as they are",
+            found=f"{result.id}: {class_words(classes) or 'all classes as they are'}",
+            fix=shlex.join(class_flags(classes)) or "leave --drop-class and --merge-class out",
+        )  # fmt: skip
+    mine, others = ({key: r.request.get(key) for key in ("folds", "seed", "val", "test")} for r in (result, first))
+    if mine != others:
+        raise UsageError(
+            "runs of different protocols have different test images", code="different-test-sets",
+            expected=f"{first.id}: {others}", found=f"{result.id}: {mine}", fix="draw one figure for each",
+        )  # fmt: skip

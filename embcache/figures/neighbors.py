@@ -85,35 +85,29 @@ def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbo
     similarity[place] = -np.inf
     # Of equal similarity the earlier image comes first, on every machine.
     order = np.argsort(-similarity, kind="stable")[: min(k, len(ids) - 1)]
-    rows = ds.table.set_index("id")
-
-    def describe(i: int, value: float) -> Neighbor:
-        row = rows.loc[ids[i]]
-        return Neighbor(ids[i], value, int(row["label"]), str(row["split"]), str(row["group"]))
-
-    nearest = tuple(describe(int(i), float(similarity[i])) for i in order)
-    return Neighbors(store.recipe.backbone, describe(place, 1.0), nearest)
+    similarity[place] = 1.0
+    rows = ds.table.set_index("id").loc[[ids[i] for i in (place, *order)]]
+    columns = zip(rows.index, rows["label"], rows["split"], rows["group"], (place, *order), strict=True)
+    image, *nearest = (Neighbor(id_, float(similarity[i]), int(y), str(s), str(g)) for id_, y, s, g, i in columns)
+    return Neighbors(store.recipe.backbone, image, tuple(nearest))
 
 
 def draw_neighbors(ds: ImageDataset, found: Sequence[Neighbors], target: Path) -> Path:
     """One row per backbone: the image, then its neighbors; a frame marks those of another class."""
     rows = []
     for each in found:
-        pictures = [_picture(ds, each.image, each.image, "the image")]
-        for near in each.nearest:
-            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == each.image.group else "")
-            pictures.append(_picture(ds, near, each.image, remark))
+        query, pictures = each.image, []
+        for near in (query, *each.nearest):
+            remark = f"{near.similarity:.2f}" + (" · same group" if near.group == query.group else "")
+            name = ds.class_names[near.label] if near.label >= 0 else "no label"
+            text = f"{_short(near.id)}\n{name} · {near.split}\n{'the image' if near is query else remark}"
+            differs = near.label != query.label and min(near.label, query.label) >= 0
+            pictures.append(Picture(thumbnail(ds, near.id), text, differs))
         rows.append((each.backbone, pictures))
     return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
 
 
-def _picture(ds: ImageDataset, image: Neighbor, query: Neighbor, remark: str) -> Picture:
-    name = ds.class_names[image.label] if image.label >= 0 else "no label"
-    differs = image.label != query.label and min(image.label, query.label) >= 0
-    return Picture(thumbnail(ds, image.id), f"{_short(image.id)}\n{name} · {image.split}\n{remark}", differs)
-
-
-def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path, *, columns: int = 6) -> int:
+def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path) -> int:
     """Draw the images of mistakes, with classes and probability beneath each; returns how many could be read."""
     pictures = [
         Picture(
@@ -124,8 +118,7 @@ def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, tar
     ]
     found = sum(picture.pixels is not None for picture in pictures)
     if found:
-        rows = [("", pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
-        plot_sheet(rows, title, target)
+        plot_sheet([("", pictures[start : start + 6]) for start in range(0, len(pictures), 6)], title, target)
     return found
 
 
@@ -134,12 +127,10 @@ def thumbnail(ds: ImageDataset, id_: str, side: int = SIDE) -> NDArray[np.uint8]
     found = ds.table[ds.table["id"] == id_]
     if ds.root is None or found.empty:
         return None
-    row = found.iloc[0]
     try:
-        pixels, _ = read_image(ds.root, str(row["path"]), str(row["place"]))
+        picture = Image.fromarray(read_image(ds.root, str(found["path"].iloc[0]), str(found["place"].iloc[0]))[0])
     except (ImageError, OSError):
         return None
-    picture = Image.fromarray(pixels)
     picture.thumbnail((side, side))
     return np.asarray(picture)
 

@@ -1,33 +1,40 @@
-"""All drawing; with `embcache.figures.lettering` the only module that imports matplotlib."""
+"""All drawing, the only module that imports matplotlib: figures, and their text with fonts, widths and legends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, findSystemFonts, fontManager, get_font
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
-from embcache.figures.lettering import add_legend, add_title, no_warnings, shorten, text_width, use_fonts, wrap
 from embcache.io import write_output
+from embcache.log import log
 
 # Okabe and Ito's colors (2008) differ under every common kind of color vision; markers serve print in gray.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MARKS = 2 * len(_COLORS) * len(_MARKERS)  # filled and outlined
-Line = str | tuple[int, tuple[int, ...]]
-"""A line style of matplotlib."""
-
-Style = tuple[str, str, Line]
-"""Color, marker and line style of a curve."""
-
+Line = str | tuple[int, tuple[int, ...]]  # a line style of matplotlib
+Style = tuple[str, str, Line]  # color, marker and line style of a curve
 _LINES: tuple[Line, ...] = ("-", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # "--": the paper
 _BANDS = 6  # curves of a panel up to which bands can be distinguished
+_NUMBERED = 40  # classes up to which the cells of a confusion matrix have room for numbers
+_MARGIN = 0.15  # inches at either side of a figure that text keeps free
+_ROWS = 24  # of a legend of classes
 
 
 @dataclass(frozen=True)
@@ -66,21 +73,11 @@ class CurvePanel:
     curves: tuple[Curve, ...]
 
 
-@dataclass(frozen=True)
-class AttentionPanel:
-    """One mean attention map (N, N), the backbones its tokens are of, and attention by backbone (B, B)."""
-
-    title: str
-    backbones: tuple[str, ...]
-    weights: NDArray[np.float32]
-    mass: NDArray[np.float64]
-
-
-def _grid(n: int, most: int, size: tuple[float, float], more: tuple[float, float] = (0.0, 0.4)) -> tuple[Figure, Any]:
-    """A figure with n panels of a size in inches, at most so many per row, and ``more`` inches around; and its axes."""
+def _grid(n: int, most: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with n panels of a size in inches, at most so many per row; and its axes."""
     columns = min(n, most)
     rows = -(-n // columns)
-    figure = Figure(figsize=(size[0] * columns + more[0], size[1] * rows + more[1]), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[n:]:
         axis.set_axis_off()
@@ -96,7 +93,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
     shown = np.flatnonzero(counts).tolist()
     size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
     side = max(3.0, least / min(len(maps), 4))  # inches of a panel
-    figure, axes = _grid(len(maps), 4, (side, side + 0.1))
+    figure, axes = _grid(len(maps), 4, side, side + 0.1)
     handles = {}
     for axis, panel in zip(axes, maps, strict=True):
         for label in shown:
@@ -107,7 +104,7 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
         axis.set(xticks=[], yticks=[])
     weights = {class_names[label]: int(counts[label]) for label in shown}
     note = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
-    add_legend(figure, handles, size, title=note, weights=weights, handle=1.0)
+    add_legend(figure, handles, size, note, weights)
     add_title(figure, title, 11)
     return _save(figure, target)
 
@@ -127,12 +124,11 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
     ``bands`` says what they show. A panel of more than six curves has thin bars in place of bands.
     """
     styles = curve_styles(panels)
-    columns = min(len(panels), 3)
-    width = max(5.2, 7.2 / columns if len(styles) > _BANDS else 0.0)  # inches of a panel
-    figure, axes = _grid(len(panels), 3, (width, 3.6))
+    many = [sum(not curve.dashed for curve in panel.curves) > _BANDS for panel in panels]
+    width = max(5.2, 7.2 / min(len(panels), 3) if len(styles) > _BANDS else 0.0)  # inches of a panel
+    figure, axes = _grid(len(panels), 3, width, 3.6)
     handles = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        many = _many(panel)
+    for axis, panel, bare in zip(axes, panels, many, strict=True):
         for curve in panel.curves:
             color, marker, line = styles[curve.label]
             size = {"linewidth": 1.2, "markersize": 3} if curve.dashed else {"linewidth": 1.5, "markersize": 5}
@@ -141,20 +137,23 @@ def plot_curves(panels: Sequence[CurvePanel], title: str, target: Path, *, bands
             )
             if curve.dashed:
                 continue
-            if len(curve.x) > 1 and not many:
+            if len(curve.x) > 1 and not bare:
                 axis.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
-            _bars(axis, curve, color, **({"lw": 0.5, "alpha": 0.5, "capsize": 0} if many else {}))
-        ticks = sorted({x for curve in panel.curves for x in curve.x})
+            _bars(axis, curve, color, **({"lw": 0.5, "alpha": 0.5, "capsize": 0} if bare else {}))
+        ticks: list[float] = []  # those far enough apart to be labeled
+        for x in sorted({x for curve in panel.curves for x in curve.x}):
+            if not ticks or x / ticks[-1] > 1.35:
+                ticks.append(x)
         axis.set_xscale("log")
-        axis.set_xticks(_apart(ticks), [f"{x:,.0f}" for x in _apart(ticks)], fontsize=8)
+        axis.set_xticks(ticks, [f"{x:,.0f}" for x in ticks], fontsize=8)
         axis.minorticks_off()
         axis.set_xlabel("training labels per fold", fontsize=9)
         axis.set_ylabel(panel.metric, fontsize=9)
         axis.set_title(wrap(panel.title, 10, width - 0.6), fontsize=10)
         axis.grid(alpha=0.25)
-    if any(_many(panel) for panel in panels):
+    if any(many):
         bands += f"; bands only in panels of up to {_BANDS} curves"
-    add_legend(figure, {label: handles[label] for label in styles}, 8, title=f"bars: {bands}")
+    add_legend(figure, {label: handles[label] for label in styles}, 8, f"bars: {bands}")
     add_title(figure, title, 11)
     return _save(figure, target)
 
@@ -165,10 +164,6 @@ def _bars(axis: Any, curve: Curve, color: str, **style: Any) -> None:
     axis.errorbar(curve.x, curve.y, yerr=errors, fmt="none", ecolor=color, **{"lw": 0.8, "capsize": 2, **style})
 
 
-def _many(panel: CurvePanel) -> bool:
-    return sum(not curve.dashed for curve in panel.curves) > _BANDS
-
-
 def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
     """Color, marker and line style by label, each once in a figure and the same in all of its panels.
 
@@ -176,7 +171,8 @@ def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
     one family or one method the color distinguishes curves. The paper's curve has our one's color and marker, dashed.
     """
     curves = {curve.label: curve for panel in panels for curve in panel.curves}
-    own = [curve for curve in curves.values() if not curve.dashed or _ours(curve) not in curves]
+    ours = {label: label.removesuffix(", paper") for label in curves}
+    own = [curve for label, curve in curves.items() if not curve.dashed or ours[label] not in curves]
     families = list(dict.fromkeys(curve.family or curve.label for curve in own))
     methods = list(dict.fromkeys(curve.method for curve in own))
     styles: dict[str, Style] = {}
@@ -192,54 +188,38 @@ def curve_styles(panels: Sequence[CurvePanel]) -> dict[str, Style]:
         others = ((color, marker, line) for color in (wanted[0], *_COLORS) for line, marker in places)
         taken = set(styles.values())
         styles[curve.label] = next((style for style in (wanted, *others) if style not in taken), wanted)
-    for curve in curves.values():
-        if curve.label not in styles:
-            color, marker, _ = styles[_ours(curve)]
-            styles[curve.label] = (color, marker, "--")
-    return {label: styles[label] for label in curves}
+    return {label: styles.get(label) or (*styles[ours[label]][:2], "--") for label in curves}
 
 
-def _ours(curve: Curve) -> str:
-    return curve.label.removesuffix(", paper")
+def plot_attention(
+    weights: NDArray[np.float32], mass: NDArray[np.float64], names: Sequence[str], titles: tuple[str, str], target: Path
+) -> Path:
+    """Draw a mean attention map (N, N) above its sums by backbone (B, B); rows attend to columns.
 
-
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Those of some ascending positions that are far enough apart on a logarithmic axis to be labeled."""
-    kept: list[float] = []
-    for tick in ticks:
-        if not kept or tick / kept[-1] > 1.35:
-            kept.append(tick)
-    return kept
-
-
-def plot_attention(panels: Sequence[AttentionPanel], title: str, target: Path) -> Path:
-    """Draw mean attention maps above their sums by backbone; rows attend to columns."""
-    columns = len(panels)
-    figure = Figure(figsize=(4.6 * columns + 0.2, 7.4), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    for (above, below), panel in zip(axes.T, panels, strict=True):
-        n, each = len(panel.weights), len(panel.weights) // len(panel.backbones)
-        # Nearly all of 1536 × 1536 weights lie close to 1/1536 and a few far off: the scale leaves out the outermost
-        # half percent on either side, so that the pattern is seen; the sums below have the whole scale.
-        low, high = np.quantile(panel.weights, (0.005, 0.995))
-        image = above.imshow(panel.weights, cmap="viridis", vmin=float(low), vmax=float(high))
-        figure.colorbar(image, ax=above, shrink=0.7, extend="both")
-        centers = np.arange(len(panel.backbones)) * each + each / 2 - 0.5
-        for edge in range(each, n, each):
-            above.axhline(edge - 0.5, color="white", lw=0.6)
-            above.axvline(edge - 0.5, color="white", lw=0.6)
-        table = below.imshow(panel.mass, cmap="viridis", vmin=0.0, vmax=1.0)
-        figure.colorbar(table, ax=below, shrink=0.7)
-        for (row, column), value in np.ndenumerate(panel.mass):
-            color = "white" if value < 0.6 else "black"
-            below.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=9)
-        names = [shorten(name, 8, 1.3) for name in panel.backbones]
-        for axis, places in ((above, centers), (below, np.arange(len(names)))):
-            axis.set_xticks(places, names, fontsize=8, rotation=30, ha="right")
-            axis.set_yticks(places, names, fontsize=8)
-        above.set_title(wrap(panel.title, 9, 2.6), fontsize=9)
-        below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
-    add_title(figure, title, 11)
+    ``titles`` are those of the map and of the figure.
+    """
+    figure = Figure(figsize=(4.8, 7.4), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    n, each = len(weights), len(weights) // len(names)
+    # Nearly all of 1536 × 1536 weights lie close to 1/1536 and a few far off: the scale leaves out the outermost
+    # half percent on either side, so that the pattern is seen; the sums below have the whole scale.
+    low, high = np.quantile(weights, (0.005, 0.995))
+    image = above.imshow(weights, cmap="viridis", vmin=float(low), vmax=float(high))
+    figure.colorbar(image, ax=above, shrink=0.7, extend="both")
+    for edge in range(each, n, each):
+        above.axhline(edge - 0.5, color="white", lw=0.6)
+        above.axvline(edge - 0.5, color="white", lw=0.6)
+    figure.colorbar(below.imshow(mass, cmap="viridis", vmin=0.0, vmax=1.0), ax=below, shrink=0.7)
+    for (row, column), value in np.ndenumerate(mass):
+        color = "white" if value < 0.6 else "black"
+        below.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=9)
+    short = [shorten(name, 8, 1.3) for name in names]
+    for axis, places in ((above, np.arange(len(names)) * each + each / 2 - 0.5), (below, np.arange(len(names)))):
+        axis.set_xticks(places, short, fontsize=8, rotation=30, ha="right")
+        axis.set_yticks(places, short, fontsize=8)
+    above.set_title(wrap(titles[0], 9, 2.6), fontsize=9)
+    below.set_title(wrap("attention of a row's tokens to a column's, summed", 8, 2.4), fontsize=8)
+    add_title(figure, titles[1], 11)
     return _save(figure, target)
 
 
@@ -333,9 +313,6 @@ def plot_rates(
     return _save(figure, target)
 
 
-_NUMBERED = 40  # classes up to which the cells of a confusion matrix have room for numbers
-
-
 def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, target: Path) -> Path:
     """Draw a confusion matrix (C, C), rows true: counts, and shares of their row, which color the cells too."""
     n = len(names)
@@ -368,7 +345,7 @@ def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, 
 def plot_heads(pixels: NDArray[np.uint8], heads: NDArray[np.float32], title: str, target: Path) -> Path:
     """Draw an image, the mean of attention maps (heads, rows, columns), and each of them over the image."""
     maps = [("the image", None), ("mean", heads.mean(0)), *((f"head {h}", one) for h, one in enumerate(heads))]
-    figure, axes = _grid(len(maps), 4, (1.9, 2.1))
+    figure, axes = _grid(len(maps), 4, 1.9, 2.1)
     height, width = pixels.shape[:2]
     for axis, (name, values) in zip(axes, maps, strict=True):
         axis.set_axis_off()
@@ -391,3 +368,149 @@ def _save(figure: Figure, target: Path) -> Path:
     with no_warnings():
         figure.savefig(drawn, dpi=300, format=target.suffix.lstrip(".").lower() or None)
     return write_output(target, drawn.getvalue(), parents=True)
+
+
+# Text
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Silence matplotlib: `use_fonts` says what is missing."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def use_fonts(figure: Figure) -> None:
+    """Set fonts that have the characters of each text; log one line where no installed font has some of them."""
+    texts = figure.findobj(Text)
+    for text in texts:
+        text.set_fontfamily(_families(text.get_text()))
+        text.set_parse_math(False)  # a dollar sign in a name is one
+    missing = {c for text in texts for c in text.get_text() if _foreign(c) and _family_with(c) is None}
+    if missing:
+        _warn_of_missing("".join(sorted(missing)))
+
+
+def text_width(text: str, size: float) -> float:
+    """Inches that the longest line of a text takes at a size in points."""
+    font = FontProperties(family=_families(text), size=size)
+    with no_warnings():
+        widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in text.split("\n")]
+    return float(max(widths)) / 72 * 1.02  # rounded to pixels, letters may take more
+
+
+def wrap(text: str, size: float, inches: float) -> str:
+    """A text with line breaks between words, or within those that are too long, so that it fits a width."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and text_width(longer, size) > inches:
+                lines.append(line)
+                longer = word
+            while text_width(longer, size) > inches and len(longer) > 1:
+                shorter = range(len(longer) - 1, 1, -1)
+                kept = next((k for k in shorter if text_width(longer[:k], size) <= inches), 1)
+                lines.append(longer[:kept])
+                longer = longer[kept:]
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def shorten(text: str, size: float, inches: float) -> str:
+    """A text without its middle where it would not fit a width: names often differ at their ends."""
+    short, kept = text, len(text)
+    while text_width(short, size) > inches and kept > 2:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
+
+
+def add_title(figure: Figure, title: str, size: float) -> None:
+    """A title above all, with as many lines as it needs."""
+    figure.suptitle(wrap(title, size, figure.get_figwidth() - 2 * _MARGIN), fontsize=size)
+
+
+def add_legend(
+    figure: Figure, handles: Mapping[str, Any], size: float, title: str, weights: Mapping[str, int] | None = None
+) -> None:
+    """A legend beneath all, in as many columns as fit; the figure grows by its height.
+
+    Of classes, which have ``weights``, it may leave out some.
+    """
+    handle = 2.0 if weights is None else 1.0  # lines are longer than points, in ems
+    em, room = size / 72, figure.get_figwidth() - 2 * _MARGIN
+    texts = {label: shorten(label, size, room - (handle + 0.5) * em) for label in handles}
+    entry = max(text_width(text, size) for text in texts.values()) + (handle + 0.5 + 1.5) * em
+    columns = min(max(1, int((room + 1.5 * em) / entry)), len(texts))
+    lines = [title] if title else []
+    if weights is not None and len(texts) > columns * _ROWS:
+        kept = set(sorted(texts, key=lambda label: -weights[label])[: columns * _ROWS])
+        lines.append(f"Legend: the {len(kept)} classes with most images, of {len(texts)} that are shown.")
+        texts = {label: text for label, text in texts.items() if label in kept}
+    if any(text != label for label, text in texts.items()):
+        lines.append("Long names are shortened.")
+    heading = wrap("\n".join(lines), size, room) if lines else ""
+    rows = -(-len(texts) // columns)
+    columns = -(-len(texts) // rows)
+    figure.set_figheight(figure.get_figheight() + (rows * 1.55 + (heading.count("\n") + 1.5 if lines else 0) + 1) * em)
+    figure.legend(
+        [handles[label] for label in texts], list(texts.values()),
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=size,
+        title=heading or None, title_fontsize=size,
+        handlelength=handle, handletextpad=0.5, columnspacing=1.5, labelspacing=0.35, borderpad=0.2,
+    )  # fmt: skip
+
+
+def _families(text: str) -> list[str]:
+    """The usual family, and those that have what it lacks."""
+    others = (_family_with(c) for c in sorted(set(text)) if _foreign(c))
+    return list(dict.fromkeys([*matplotlib.rcParams["font.family"], *filter(None, others)]))
+
+
+@functools.cache
+def _foreign(character: str) -> bool:
+    """Whether the usual font lacks a character."""
+    return character.isprintable() and not get_font(findfont(FontProperties())).get_char_index(ord(character))
+
+
+@functools.cache
+def _family_with(character: str) -> str | None:
+    """An installed family that has a character."""
+    with no_warnings():
+        for family in _installed():
+            if get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(character)):
+                return family
+    return None
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """Families, upright and sans serif first, also of fonts that matplotlib's own list does not know yet."""
+    known = {str(entry.fname) for entry in fontManager.ttflist}
+    for path in findSystemFonts():
+        if str(path) not in known:
+            try:
+                fontManager.addfont(path)
+            except (OSError, RuntimeError):
+                continue  # not a font, or one that FreeType cannot read
+    entries = [entry for entry in fontManager.ttflist if not entry.name.startswith("Last Resort")]
+    entries.sort(key=lambda entry: ("Sans" not in entry.name, entry.style != "normal", entry.name))
+    return tuple(dict.fromkeys(entry.name for entry in entries))
+
+
+@functools.cache
+def _warn_of_missing(characters: str) -> None:
+    log.warning(
+        "figure: no installed font has the characters %s, so they are boxes; install one, such as Noto Sans or Noto "
+        "Sans CJK (Debian and Ubuntu: apt install fonts-noto-core fonts-noto-cjk)", " ".join(characters[:5]),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""ROC, precision–recall, confusion and calibration of one run as figures: mean over its models, and their ensemble."""
+"""Results as figures: learning curves; ROC, precision–recall, confusion and calibration of one run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from embcache.errors import ProtocolError, UsageError, check_choice
-from embcache.figures.plots import Curve, plot_confusion, plot_rates
+from embcache.figures.plots import Curve, CurvePanel, plot_confusion, plot_curves, plot_rates
+from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.metrics import FloatArray, confusion, metric_title, positive_class
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import wilson
 from embcache.results.compare import INTERVALS, Tested
+from embcache.results.curves import band_words, by_task, curve_table, metric_words, named_curves
 from embcache.results.decisions import GRID, Value, against_rest, calibration, class_rates
-from embcache.results.layout import bounds, score, signed
-from embcache.runs.result import Estimate
+from embcache.results.layout import Table, bounds, score, signed
+from embcache.results.paper import Cell, Grid
+from embcache.runs.result import Estimate, Result
 
 KINDS = ("roc", "pr", "confusion", "calibration")
 MOST_CLASSES = 10
@@ -26,6 +29,71 @@ MOST_CLASSES = 10
 
 _THESE = "in brackets: 95 % interval, new patients and these models"
 _BANDS = 4  # classes up to which bands can be distinguished
+
+
+# Learning curves.
+
+
+def draw_curves(
+    results: Sequence[Result], *, home: PathLike | None = None, target: Path | None = None
+) -> tuple[Table, Path]:
+    """Draw scored results, one panel per dataset and metric, and lay them out as a table."""
+    names = {result.dataset for result in results}
+    folder = home_dir(home) / slug(*names) / "figures" if len(names) == 1 else home_dir(home)
+    panels, path = curve_panels(results), target or folder / "curves.png"
+    return curve_table(results), plot_curves(panels, "Learning curves", path, bands=band_words(results))
+
+
+def curve_panels(results: Sequence[Result]) -> list[CurvePanel]:
+    """One panel per dataset and metric, one curve per model and protocol.
+
+    A point is the mean over folds at the number of training labels per fold, its band the saved 95 % interval
+    (`band_words` names it); of a leaderboard's scores ± one sd. Results without a score are left out.
+    """
+    panels = []
+    for (dataset, target, *_), members in by_task(results).items():
+        title = dataset + (f", {target}" if target else "") + " (synthetic)" * members[0].synthetic
+        curves = tuple(_learning(label, own) for label, own in named_curves(members).items())
+        panels.append(CurvePanel(title, metric_words(members[0]), curves))
+    return panels
+
+
+def table_curves(grid: Grid, cells: Sequence[Cell]) -> list[CurvePanel]:
+    """The curves of a table: ours with their intervals, the paper's, at our numbers of labels, dashed."""
+    panels = []
+    for dataset in grid.datasets:
+        ours: list[Curve] = []
+        paper: list[Curve] = []
+        metric = ""
+        for model in grid.models:
+            at = [c for c in cells if (c.dataset, c.model) == (dataset, model) and c.result is not None]
+            scored = [cell.result for cell in at if cell.result is not None and cell.result.mean is not None]
+            if scored:
+                metric = metric_words(scored[0])
+                ours.append(_learning(model.label, scored))
+            points = sorted(
+                (float(c.result.n_train), c.paper.mean, c.paper.std or 0.0)
+                for c in at if c.result is not None and c.paper is not None and c.paper.mean is not None
+            )  # fmt: skip
+            if points:
+                x, mean, sd = np.array(points).T
+                paper.append(_curve(f"{model.label}, paper", "", x, mean, mean - sd, mean + sd, dashed=True))
+        if ours:
+            panels.append(CurvePanel(dataset, metric, (*ours, *paper)))
+    return panels
+
+
+def _learning(label: str, results: Sequence[Result]) -> Curve:
+    points = sorted({r.n_train: r for r in results}.values(), key=lambda r: r.n_train)
+    x, means, sds = np.array([(r.n_train, r.mean or 0.0, r.std or 0.0) for r in points], dtype=np.float64).T
+    # Where there is no interval: nothing, but of a leaderboard's scores ± one sd.
+    none = np.where([r.estimate is None for r in points], sds, np.nan)
+    known = [r.interval or (m - s, m + s) for r, m, s in zip(points, means, none, strict=True)]
+    curve = _curve(label, " + ".join(results[0].backbones), x, means, *np.array(known).T)
+    return replace(curve, method=f"{results[0].head}, {results[0].kind}")
+
+
+# One run.
 
 
 @dataclass(frozen=True)
@@ -39,7 +107,7 @@ class RunFigure:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
     records: Sequence[dict[str, Any]]  # the numbers as plain data
-    files: Sequence[Path] = ()
+    files: Sequence[Path]
 
 
 def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> RunFigure:
@@ -73,7 +141,7 @@ def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: st
     if not counts.all():
         notes.append(f"no test image of {', '.join(names[c] for c in np.flatnonzero(counts == 0))}")
     draw = _calibration if kind == "calibration" else _rates
-    return replace(draw(predictions, kind, classes, title, targets, notes), files=list(targets))
+    return draw(predictions, kind, classes, title, targets, notes)
 
 
 def _rates(
@@ -120,7 +188,7 @@ def _rates(
         }
         for r in found
     ]  # fmt: skip
-    return RunFigure(kind, title, first.name if alone else "", headers, rows, notes, records)
+    return RunFigure(kind, title, first.name if alone else "", headers, rows, notes, records, targets)
 
 
 def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) -> RunFigure:
@@ -135,7 +203,7 @@ def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) ->
     rows = [[name, *(f"{count:,}" for count in line)] for name, line in lines]
     records = [{"class": name, "predicted": dict(zip(names, line, strict=True))} for name, line in lines]
     notes = [f"rows: true classes; columns: predicted by the {models}"]
-    return RunFigure("confusion", title, "", ["class", *names], rows, notes, records, list(targets))
+    return RunFigure("confusion", title, "", ["class", *names], rows, notes, records, targets)
 
 
 def _calibration(
@@ -182,7 +250,7 @@ def _calibration(
     for target in targets:
         plot_rates(curves, title, target, axes=axes, reference="diagonal", points=True, counts=counts, note=note)
     headers = ["class", "models", "intercept", "slope", "Brier score", "calibration error", "bins"]
-    return RunFigure(kind, title, first if alone else "", headers, rows, notes, records)
+    return RunFigure(kind, title, first if alone else "", headers, rows, notes, records, targets)
 
 
 def _curve(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.groups import IntArray, hash_order
-from embcache.errors import ProtocolError, StoreNotFoundError, UsageError, check_choice
+from embcache.errors import ProtocolError, StoreNotFoundError, UsageError
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import make_head
@@ -30,8 +30,6 @@ LIMIT = 2000
 
 MOST = 5_000
 """Most training images that `rank` and `similarity` look at: beyond it values hardly change and time grows."""
-
-ROWS = ("test", "train", "all")
 
 _CHUNK = 128  # images embedded at a time
 
@@ -102,14 +100,7 @@ def backbones_or_cached(ds: ImageDataset, backbones: Sequence[str], home: PathLi
     return names
 
 
-def open_pool(
-    ds: ImageDataset,
-    backbones: Sequence[str] = (),
-    *,
-    home: PathLike | None = None,
-    recipe: str | None = None,
-    seed: int = 0,
-) -> Pool:
+def open_pool(ds: ImageDataset, backbones: Sequence[str], home: PathLike | None, recipe: str | None, seed: int) -> Pool:
     """Cached features of a dataset, of all backbones by default, without the test set that a probe would hold out."""
     stores = open_stores(ds, [backbones_or_cached(ds, backbones, home)], home, recipe)
     sides = divide_for(ds, list(stores.values()), seed=seed)
@@ -123,22 +114,44 @@ def shown_images(
 
     No folds are drawn, so any number of images of a class can be shown. ``protocol`` is passed to `divide_for`.
     """
-    check_choice("--rows", rows, ROWS)
     sides = divide_for(ds, stores, **protocol)
     pool = np.union1d(sides.pool, sides.own_val)
-    chosen = {"test": sides.test, "train": pool, "all": np.union1d(sides.test, pool)}[rows]
+    chosen, remark = {
+        "test": (sides.test, f"{sides.test_set} test set"),
+        "train": (pool, "training and validation images"),
+        "all": (np.union1d(sides.test, pool), "all images"),
+    }[rows]
     chosen = chosen[sides.labels[chosen] >= 0]
     if not len(chosen):
         raise ProtocolError(
             f"the labels of the {rows} images of {ds.name} are not known: there is nothing to color by",
             code="no-test-labels", fix=("--test local", "--rows all"),
         )  # fmt: skip
-    words = {"test": f"{sides.test_set} test set", "train": "training and validation images", "all": "all images"}
-    remark = words[rows]
     if most is not None and len(chosen) > most:
         remark += f", {most:,} drawn of {len(chosen):,} images"
-        chosen = np.sort(chosen[hash_order(0, "figure", [str(i) for i in sides.ids[chosen]])[:most]])
-    return Shown([str(i) for i in sides.ids[chosen]], sides.labels[chosen], sides.groups[chosen].tolist(), remark)
+        chosen = np.sort(chosen[hash_order(0, "figure", sides.ids[chosen].tolist())[:most]])
+    return Shown(sides.ids[chosen].tolist(), sides.labels[chosen], sides.groups[chosen].tolist(), remark)
+
+
+def check_dataset(result: Result, ds: ImageDataset) -> None:
+    """Refuse a run of another dataset."""
+    if result.dataset != ds.name:
+        raise UsageError("a run of another dataset", code="other-dataset", expected=ds.name,
+                         found=f"{result.id} of {result.dataset}")  # fmt: skip
+
+
+def own_protocol(result: Result) -> dict[str, Any]:
+    """What `shown_images` needs to show the test images of a run."""
+    return {key: result.request[key] for key in ("seed", "test") if key in result.request}
+
+
+def fold_heads(result: Result, run: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Parameters of each fold's head, by the fold's number; those that failed are left out."""
+    heads = {fold.fold: params for fold, params in zip(result.folds, load_heads(run), strict=True) if params}
+    if not heads:
+        raise ProtocolError("no fold of this run has a model", code="no-model", found=result.id, where=run,
+                            fix="embcache probe --again")  # fmt: skip
+    return heads
 
 
 @torch.no_grad()
@@ -151,15 +164,9 @@ def fused_features(
     if not isinstance(head, Fusion):
         raise UsageError(f"a run of {result.head} has no fused embedding", code="other-head", expected="a run of dvme",
                          found=result.id, fix="embcache results")  # fmt: skip
-    heads = load_heads(run)
-    place = next((place for place, params in enumerate(heads) if params), None)
-    if place is None:
-        raise ProtocolError("no fold of this run has a model", code="no-model", found=result.id, where=run,
-                            fix="embcache probe --again")  # fmt: skip
-    params = {name: p[None] for name, p in heads[place].items()}
-    x = {name: torch.from_numpy(features[name]) for name in result.backbones}
-    parts = [
-        head.embed(params, {name: f[start : start + _CHUNK][None] for name, f in x.items()})[0]
-        for start in range(0, len(next(iter(x.values()))), _CHUNK)
-    ]
-    return result.folds[place].fold, np.asarray(torch.cat(parts).float().numpy())
+    fold, params = next(iter(fold_heads(result, run).items()))
+    stacked = {name: p[None] for name, p in params.items()}
+    split = {name: torch.split(torch.from_numpy(features[name])[None], _CHUNK, 1) for name in result.backbones}
+    chunks = [dict(zip(split, parts, strict=True)) for parts in zip(*split.values(), strict=True)]
+    embedded = torch.cat([head.embed(stacked, chunk)[0] for chunk in chunks])
+    return fold, np.asarray(embedded.float().numpy())

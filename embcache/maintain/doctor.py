@@ -6,9 +6,9 @@ import io
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 import embcache
 from embcache.backbones.catalog import BACKBONES, weights_status
@@ -26,8 +27,8 @@ from embcache.data.images import DECODER_VERSION, decode_image
 from embcache.data.published import DATASETS, default_root
 from embcache.errors import EmbcacheError
 from embcache.log import log
-from embcache.maintain.listing import CachedStore, list_cached, list_interrupted
-from embcache.maintain.verify import lease_files, leftovers, walk_stores
+from embcache.maintain.listing import CachedStore, list_cached, list_interrupted, walk_stores
+from embcache.maintain.verify import lease_files, leftovers
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
@@ -70,9 +71,8 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
     """Look at everything; nothing needs to be cached, and nothing is written."""
     problems: list[str] = []
     log.info("measuring the devices")
-    measured = devices()
+    measured, decoded = devices(), decoding()
     problems += [f"{d['device']} cannot be used: {d['problem']}" for d in measured if d["problem"]]
-    decoded = decoding()
     places = [_place("home", home_dir(home)), _place("data", data_dir()), _place("weights", weights_dir(home))]
     if not places[0]["writable"]:
         problems.append(f"{places[0]['path']} cannot be written: give --home FOLDER, or set EMBCACHE_HOME")
@@ -105,25 +105,16 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
 
 def _place(name: str, path: Path) -> dict[str, Any]:
     nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
-    usage = shutil.disk_usage(nearest)
-    return {
-        "name": name,
-        "path": str(path),
-        "there": path.exists(),
-        "writable": nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
-        "free_bytes": usage.free,
-        "disk_bytes": usage.total,
-    }
+    usage, writable = shutil.disk_usage(nearest), nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    answer = {"name": name, "path": str(path), "there": path.exists(), "writable": writable}
+    return answer | {"free_bytes": usage.free, "disk_bytes": usage.total}
 
 
 def _owed(cached: list[CachedStore], home: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Images still to compute under the recipes that are cached, and the room that their features take."""
-    images = size = 0
-    for row in cached:
-        if row.owed and not row.problem:
-            store = FeatureStore(row.path)
-            images += row.owed
-            size += row.owed * prod(store.row_shape) * store.dtype.itemsize
+    rows = [(row.owed, FeatureStore(row.path)) for row in cached if row.owed and not row.problem]
+    images = sum(owed for owed, _ in rows)
+    size = sum(owed * prod(store.row_shape) * store.dtype.itemsize for owed, store in rows)
     enough = size * _SPARE <= home["free_bytes"]
     if not enough:
         problems.append(
@@ -144,10 +135,10 @@ def _stores(
         problems.append(f"{each['path']} cannot be read: {each['error']}: ask its owner for permission (chmod -R g+rX)")
     for path in paths:
         row, name = known.get(path), f"{path.parent.name}/{path.name}"
-        problem, left, claims = row.problem if row else "recipe.json is missing", list[Path](), list[Path]()
+        problem, left, claims = row.problem if row else "recipe.json is missing", 0, list[Path]()
         try:
             claims = lease_files(path)
-            left = [other for other in leftovers(path) if other not in claims]
+            left = len(set(leftovers(path)) - set(claims))
             if row and not problem:
                 FeatureStore(path).sources()  # reads the plans too
         except EmbcacheError as error:
@@ -156,16 +147,9 @@ def _stores(
             problem = problem or f"{error.strerror} ({error.filename})"
         if problem:
             problems.append(f"{name}: {problem}: embcache verify names it and what to type")
-        counts = ("rows", "owed", "quarantined", "bytes")
-        stores.append(
-            {
-                "dataset": path.parent.name,
-                "store": path.name,
-                **(dict.fromkeys(counts, 0) if row is None else {count: vars(row)[count] for count in counts}),
-                "leftovers": len(left),
-                "problem": problem,
-            }
-        )
+        counts = {key: vars(row)[key] if row else 0 for key in ("rows", "owed", "quarantined", "bytes")}
+        answer = {"dataset": path.parent.name, "store": path.name, **counts, "leftovers": left, "problem": problem}
+        stores.append(answer)
         leases += [{"store": name, "shard": int(claim.stem), "stale": is_abandoned(claim)} for claim in claims]
     return stores, leases
 
@@ -174,28 +158,27 @@ def versions() -> dict[str, str]:
     """Version of Python and of each package that matters; ``not installed`` for optional ones."""
     found = {"embcache": embcache.__version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        found[name] = "not installed"
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 
 def machine() -> dict[str, Any]:
     """Operating system, processor with what it can, cores, threads and memory."""
-    info = _proc("/proc/cpuinfo")
-    flags = set(_field(info, "flags").split()) | set(_field(info, "Features").split())
-    memory = {line.partition(":")[0]: line.partition(":")[2] for line in _proc("/proc/meminfo").splitlines()}
+    info, memory = _proc("cpuinfo"), _proc("meminfo")
+    total, free = (memory.get(name, "").removesuffix("kB").strip() for name in ("MemTotal", "MemAvailable"))
+    flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _field(info, "model name") or platform.processor() or platform.machine(),
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
         "features": [name for name in FEATURES if name in flags],
         "kernels": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "cores_of_machine": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _kilobytes(memory.get("MemTotal", "")),
-        "memory_free_bytes": _kilobytes(memory.get("MemAvailable", "")),
+        "memory_bytes": int(total) * 1024 if total else None,
+        "memory_free_bytes": int(free) * 1024 if free else None,
         "decoder": DECODER_VERSION,
     }
 
@@ -226,8 +209,12 @@ def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
     answer: dict[str, Any] = {"device": name, "name": title, "memory_bytes": memory, "problem": ""}
     try:
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            answer[f"{kind}_tflops"] = _multiplying(device, dtype)
-        answer["memory_gb_s"] = _copying(device)
+            side = _SIDE[device.type]
+            one = torch.ones((side, side), dtype=dtype, device=device)
+            answer[f"{kind}_tflops"] = 2 * side**3 * _per_second(lambda one=one: one @ one) / 1e12  # type: ignore[misc]
+        source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        answer["memory_gb_s"] = 2 * len(source) * _per_second(lambda: target.copy_(source)) / 1e9  # read and written
         if device.type == "cuda":
             answer["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
     except RuntimeError as error:  # a device that is there and cannot be used, or has no memory left
@@ -235,47 +222,16 @@ def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
     return answer
 
 
-def _multiplying(device: torch.device, dtype: torch.dtype) -> float:
-    side = _SIDE[device.type]
-    one = torch.ones((side, side), dtype=dtype, device=device)
-    return 2 * side**3 * _per_second(lambda: one @ one, device) / 1e12
+def _per_second(work: Callable[[], object]) -> float:
+    """How often ``work`` is done per second, once it is warm; the timer waits for GPUs."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return 1 / timer.blocked_autorange(min_run_time=_SECONDS).median
 
 
-def _copying(device: torch.device) -> float:
-    source = torch.ones(_COPIED[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) * _per_second(lambda: target.copy_(source), device) / 1e9  # read and written
-
-
-def _per_second(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """How often ``work`` is done per second, once it is warm."""
-    gpu = device is not None and device.type == "cuda"
-
-    def settle() -> None:
-        if gpu:
-            torch.cuda.synchronize(device)
-
-    work()
-    settle()
-    times, started = 0, time.perf_counter()
-    while (taken := time.perf_counter() - started) < _SECONDS:
-        work()
-        settle()
-        times += 1
-    return times / taken
-
-
-def _proc(path: str) -> str:
+def _proc(name: str) -> dict[str, str]:
+    """``name: value`` lines of a file, the first of each name; none where the system is not Linux."""
     try:
-        return Path(path).read_text("utf-8", "replace")
+        lines = Path("/proc", name).read_text("utf-8", "replace").splitlines()
     except OSError:
-        return ""  # not Linux
-
-
-def _field(text: str, name: str) -> str:
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)), "")
-
-
-def _kilobytes(text: str) -> int | None:
-    digits = text.strip().removesuffix("kB").strip()
-    return int(digits) * 1024 if digits.isdecimal() else None
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,48 +14,28 @@ from embcache.io import replacing
 from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore
 
-# What writes a format is imported by its writer: `embcache ls` needs none of them.
+# What writes a format is imported by its writer.
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from embcache.data.dataset import ImageDataset
 
-# Rows written at once: some 8 MB of 2048 float32.
-_BLOCK = 1024
+_BLOCK = 1024  # rows written at once: some 8 MB of 2048 float32
 _SUFFIXES = {".npz": "npz", ".parquet": "parquet", ".csv": "csv", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
+
+Arrays = dict[str, np.ndarray]  # features (n, *row_shape), labels int64 (n,)
+Texts = dict[str, list[str]]  # ids, groups, split; class_names
 
 
 def export_features(
-    store: FeatureStore,
-    dataset: ImageDataset,
-    target: PathLike,
-    *,
-    format: str | None = None,
-    overwrite: bool = False,
+    store: FeatureStore, dataset: ImageDataset, target: PathLike, *, format: str | None = None, overwrite: bool = False
 ) -> int:
     """Write the features of a dataset, with its labels, as one file (or one Zarr folder) for other tools.
 
     Rows are in the dataset's order; quarantined images are left out. npz, Zarr and HDF5 hold the arrays ``features``
     (n, \\*row_shape), ``ids``, ``labels``, ``groups``, ``split`` and ``class_names``; Parquet and CSV the columns
-    ``id, label, class_name, group, split, f0, f1, …``; of several views ``v0_f0, …, v1_f0, …``.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        From :func:`embcache.open_store`.
-    dataset : ImageDataset
-        Gives labels, groups and splits.
-    target : path-like
-        The file; it appears whole or not at all.
-    format : {"npz", "parquet", "csv", "zarr", "hdf5"}, optional
-        Default: what the target's suffix says.
-    overwrite : bool
-        Replace an existing target.
-
-    Returns
-    -------
-    int
-        Rows written.
+    ``id, label, class_name, group, split, f0, f1, …``; of several views ``v0_f0, …, v1_f0, …``. The format is that of
+    the target's suffix. Returns the number of rows written; the target appears whole or not at all.
 
     Raises
     ------
@@ -97,101 +76,82 @@ def export_features(
         )
     shown = store.restrict(dataset.table["id"])
     features, labels, groups = shown.arrays(dataset)
-    splits = dict(zip(dataset.table["id"], dataset.table["split"], strict=True))
-    rows = _Export(
-        ids=shown.ids.tolist(),
-        labels=labels,
-        groups=groups.tolist(),
-        split=[str(splits[id_]) for id_ in shown.ids.tolist()],
-        features=features,
-        class_names=list(dataset.class_names),
-        source={"dataset": dataset.name, "backbone": store.recipe.backbone, "fingerprint": store.recipe.fingerprint},
-    )
+    ids, splits = shown.ids.tolist(), dataset.table.set_index("id")["split"].astype(str)
+    texts = {"ids": ids, "groups": groups.tolist(), "split": splits[ids].tolist()}
+    texts["class_names"] = list(dataset.class_names)
+    source = {"dataset": dataset.name, "backbone": store.recipe.backbone, "fingerprint": store.recipe.fingerprint}
     try:
         with replacing(path, flush=True) as staged:
-            _WRITERS[chosen](staged, rows)
+            _WRITERS[chosen](staged, {"features": features, "labels": labels}, texts, source)
     except OSError as error:
         raise StoreError(
             "the export cannot be written", code="export-not-written", found=error.strerror or str(error), where=path,
             fix="name a target in an existing folder that is writable, with space left",
         ) from error  # fmt: skip
-    return len(rows.ids)
+    return len(ids)
 
 
-@dataclass(frozen=True)
-class _Export:
-    ids: list[str]
-    labels: np.ndarray  # int64 (n,)
-    groups: list[str]
-    split: list[str]
-    features: np.ndarray  # (n, *row_shape)
-    class_names: list[str]
-    source: dict[str, str]
+def _table(arrays: Arrays, texts: Texts, source: dict[str, str]) -> pa.Table:
+    import pyarrow as pa
 
-    def strings(self) -> dict[str, list[str]]:
-        return {"ids": self.ids, "groups": self.groups, "split": self.split, "class_names": self.class_names}
-
-    def table(self) -> pa.Table:
-        import pyarrow as pa
-
-        flat = self.features.reshape(len(self.ids), -1)
-        views, dim = self.features.shape[1:] if self.features.ndim == 3 else (1, flat.shape[1])
-        columns_of = [f"v{v}_f{i}" if views > 1 else f"f{i}" for v in range(views) for i in range(dim)]
-        names = [self.class_names[label] if label >= 0 else "" for label in self.labels.tolist()]
-        columns = {
-            "id": pa.array(self.ids, pa.string()),
-            "label": pa.array(self.labels),
-            "class_name": pa.array(names, pa.string()),
-            "group": pa.array(self.groups, pa.string()),
-            "split": pa.array(self.split, pa.string()),
-            **{name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(columns_of)},
-        }
-        metadata = {**self.source, "class_names": json.dumps(self.class_names, ensure_ascii=False)}
-        return pa.table(columns).replace_schema_metadata(metadata)
+    features, labels, classes = arrays["features"], arrays["labels"], texts["class_names"]
+    flat = features.reshape(len(labels), -1)
+    views, dim = features.shape[1:] if features.ndim == 3 else (1, flat.shape[1])
+    names = [f"v{v}_f{i}" if views > 1 else f"f{i}" for v in range(views) for i in range(dim)]
+    columns = {
+        "id": pa.array(texts["ids"], pa.string()),
+        "label": pa.array(labels),
+        "class_name": pa.array([classes[label] if label >= 0 else "" for label in labels.tolist()], pa.string()),
+        "group": pa.array(texts["groups"], pa.string()),
+        "split": pa.array(texts["split"], pa.string()),
+        **{name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(names)},
+    }
+    metadata = {**source, "class_names": json.dumps(classes, ensure_ascii=False)}
+    return pa.table(columns).replace_schema_metadata(metadata)
 
 
-def _write_npz(path: Path, rows: _Export) -> None:
-    arrays: dict[str, Any] = {"features": rows.features, "labels": rows.labels}
-    arrays |= {name: np.array(values, dtype=np.str_) for name, values in {**rows.strings(), **rows.source}.items()}
+def _write_npz(path: Path, arrays: Arrays, texts: Texts, source: dict[str, str]) -> None:
+    strings = {name: np.array(values, np.str_) for name, values in {**texts, **source}.items()}
+    held: dict[str, Any] = {**arrays, **strings}
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **held)
 
 
-def _write_parquet(path: Path, rows: _Export) -> None:
+def _write_parquet(path: Path, *rows: Any) -> None:
     import pyarrow.parquet as pq
 
-    pq.write_table(rows.table(), path)
+    pq.write_table(_table(*rows), path)
 
 
-def _write_csv(path: Path, rows: _Export) -> None:
+def _write_csv(path: Path, *rows: Any) -> None:
     import pyarrow.csv
 
-    pyarrow.csv.write_csv(rows.table(), path)
+    pyarrow.csv.write_csv(_table(*rows), path)
 
 
-def _write_zarr(path: Path, rows: _Export) -> None:
+def _write_zarr(path: Path, arrays: Arrays, texts: Texts, source: dict[str, str]) -> None:
     import zarr
 
-    group = zarr.open_group(path, mode="w-", zarr_format=3, attributes=dict(rows.source))
-    for name, values in (("features", rows.features), ("labels", rows.labels)):
+    group = zarr.open_group(path, mode="w-", zarr_format=3, attributes=dict(source))
+    for name, values in arrays.items():
         chunks = (min(_BLOCK, max(1, len(values))), *values.shape[1:])
         group.create_array(name, shape=values.shape, chunks=chunks, dtype=values.dtype)[...] = values
-    for name, strings in rows.strings().items():
+    for name, strings in texts.items():
         array = group.create_array(name, shape=(len(strings),), chunks=(max(1, len(strings)),), dtype="string")
         array[...] = np.array(strings, dtype=object)
 
 
-def _write_hdf5(path: Path, rows: _Export) -> None:
+def _write_hdf5(path: Path, arrays: Arrays, texts: Texts, source: dict[str, str]) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
-        file.attrs.update(rows.source)
-        file.create_dataset("features", data=rows.features)
-        file.create_dataset("labels", data=rows.labels)
-        for name, strings in rows.strings().items():
+        file.attrs.update(source)
+        for name, values in arrays.items():
+            file.create_dataset(name, data=values)
+        for name, strings in texts.items():
             file.create_dataset(name, data=np.array(strings, dtype=object), dtype=h5py.string_dtype("utf-8"))
 
 
-_WRITERS: dict[str, Callable[[Path, _Export], None]] = {
+_WRITERS: dict[str, Callable[[Path, Arrays, Texts, dict[str, str]], None]] = {
     "npz": _write_npz, "parquet": _write_parquet, "csv": _write_csv, "zarr": _write_zarr, "hdf5": _write_hdf5,
 }  # fmt: skip

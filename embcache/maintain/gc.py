@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,7 @@ from embcache.log import log
 from embcache.maintain.verify import lease_files, leftovers
 from embcache.paths import PathLike, home_dir, slug
 from embcache.runs.folders import PARTIAL, run_folders
-from embcache.store.commit import (
-    PlanEntry,
-    ShardRows,
-    commit_shard,
-    publish_plan,
-    refresh_view,
-    take_out,
-)
+from embcache.store.commit import PlanEntry, ShardRows, commit_shard, publish_plan, refresh_view, take_out
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     LiveRows,
@@ -52,6 +46,7 @@ from embcache.store.reading import (
 )
 from embcache.store.schema import StoreHeader
 
+Moved = tuple[LiveRows, Sequence[PlanEntry], Sequence[int]]  # rows to copy: their plan, and places among live ones
 _REPLACED = ("runs", "splits", "figures", "figures/attention", "figures/coordinates")
 """Folders of a dataset in which files and folders are replaced."""
 
@@ -72,26 +67,31 @@ class Collected:
 def collect(path: Path, *, dry_run: bool = False) -> Collected:
     """Free what nothing needs of one store."""
     header, name = read_header(path), f"{path.parent.name}/{path.name}"
-    seen, rubbish, moved = _look(path, header), leftovers(path), 0
+    seen, rubbish, moved = unless_collected(path, lambda: _look(path, header)), leftovers(path), 0
     before = bytes_under(path) + sum(bytes_under(each) for each in rubbish if path not in each.parents)
     if seen.waiting:
         shards = ", ".join(map(str, seen.waiting[:5])) + (" …" if len(seen.waiting) > 5 else "")
         log.info("%s: shards %s hold rows that are planned to be computed again: freed after the next extraction",
                  name, shards)  # fmt: skip
     if dry_run:
-        freed = _gain(path, header, seen) + sum(map(bytes_under, rubbish))
-        counts = (seen.superseded, len(seen.moving), len(seen.wasteful), len(rubbish), max(0, freed))
+        freed = max(0, _gain(path, header, seen) + sum(map(bytes_under, rubbish)))
+        counts = (seen.superseded, len(seen.moving), len(seen.wasteful), len(rubbish), freed)
         return Collected(path.parent.name, path, *counts)
     while True:
-        left, copied = _look(path, header), moved
+        left, copied = unless_collected(path, lambda: _look(path, header)), moved
         for number, rows in _new_shards(path, header, left):
-            unless_collected(path, lambda number=number, rows=rows: _copy(path, header, number, *rows))  # type: ignore[misc]
+            unless_collected(path, partial(_copy, path, header, number, rows))
             log.info("%s: shard %d: %d rows copied from older shards", name, number, len(rows[1]))
             moved += len(rows[1])
         if moved == copied and not len(left.moving):
             break
     if left.wasteful:
-        _check_superseded(path, header, left.wasteful)
+        live = set(read_live(path, header).shards.tolist())  # read back what is there now
+        for number in live:
+            read_features(path, header, number)
+        if still := sorted(live & set(left.wasteful)):
+            raise StoreError("rows of old shards are still in use", code="shards-in-use", found=f"shards {still}",
+                             where=path, fix="embcache verify")  # fmt: skip
         for number in left.wasteful:
             take_out(path, plan_path(path, number), "gc-plan")
             take_out(path, shard_path(path, number), "gc-shard")
@@ -120,10 +120,6 @@ class _Seen:
 
 
 def _look(path: Path, header: StoreHeader) -> _Seen:
-    return unless_collected(path, lambda: _look_once(path, header))
-
-
-def _look_once(path: Path, header: StoreHeader) -> _Seen:
     # The plans come first: whatever is planned after them takes the number that we would.
     while True:
         plans = read_plans(path)
@@ -149,9 +145,7 @@ def _look_once(path: Path, header: StoreHeader) -> _Seen:
     )
 
 
-def _new_shards(
-    path: Path, header: StoreHeader, seen: _Seen
-) -> Iterator[tuple[int, tuple[LiveRows, Sequence[PlanEntry], Sequence[int]]]]:
+def _new_shards(path: Path, header: StoreHeader, seen: _Seen) -> Iterator[tuple[int, Moved]]:
     """Number of each new shard and its rows, as places among live ones; plans of a run that was killed come first.
 
     Ends before all rows are through where another process has planned since ``seen``: that must be looked at first.
@@ -175,14 +169,8 @@ def _new_shards(
         yield seen.next + index, (seen.live, entries, places)
 
 
-def _copy(
-    path: Path,
-    header: StoreHeader,
-    number: int,
-    live: LiveRows,
-    entries: Sequence[PlanEntry],
-    places: Sequence[int],
-) -> None:
+def _copy(path: Path, header: StoreHeader, number: int, rows: Moved) -> None:
+    live, entries, places = rows
     if number in committed_numbers(path):
         return  # another process was quicker, and may have removed the old shards already
     features = np.empty((len(places), *header.row_shape), header.dtype)
@@ -203,19 +191,6 @@ def _gain(path: Path, header: StoreHeader, seen: _Seen) -> int:
         return sum(sizes.values()) - shards * (sum(sizes.values()) // max(len(sizes), 1))
     held = np.bincount(seen.live.shards, minlength=seen.next)
     return sum(size - round(size * int(held[n]) / seen.live.shard_rows[n]) for n, size in sizes.items())
-
-
-def _check_superseded(path: Path, header: StoreHeader, wasteful: Sequence[int]) -> None:
-    """Read back what is there now: no live row may lie in what is about to be removed."""
-    live = read_live(path, header)
-    left = set(live.shards.tolist()) & set(wasteful)
-    for number in set(live.shards.tolist()):
-        read_features(path, header, number)
-    if left:
-        raise StoreError(
-            "rows of old shards are still in use", code="shards-in-use", found=f"shards {sorted(left)}", where=path,
-            fix="embcache verify",
-        )  # fmt: skip
 
 
 def collect_home(

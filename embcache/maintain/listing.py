@@ -1,21 +1,38 @@
-"""What is cached (``embcache ls``), and what one store is made of (``embcache info``)."""
+"""What is cached (``embcache ls``, ``embcache info``), and what an extraction would add to it (``--dry-run``)."""
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from embcache.config import ExtractConfig
+from embcache.cores import default_workers
 from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError, StoreError
-from embcache.io import bytes_under
-from embcache.paths import PathLike
+from embcache.io import bytes_under, skip
+from embcache.paths import PathLike, slug
 from embcache.runs.folders import PARTIAL, run_folders
 from embcache.sealed import plain, read_sealed
-from embcache.store.feature_store import FeatureStore, store_folders
+from embcache.store.feature_store import FeatureStore, folders_with, store_folders
 from embcache.store.reading import CommitRecord, read_commit
+
+# What computes is imported by `dry_run`: `embcache ls` needs none of it.
+if TYPE_CHECKING:
+    from embcache.data.dataset import ImageDataset
+    from embcache.extract.scan import DatasetFiles
+    from embcache.extract.worker import FrozenNetwork
+
+STORE_NAME = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
+_FIRST = 20  # ids of added, changed and removed images in the JSON of a dry run
 
 
 @dataclass(frozen=True)
@@ -65,36 +82,46 @@ class StoreInfo:
         """Everything as plain JSON data."""
         store, summary = self.store, plain(self.summary)
         alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
-        return {name: summary[name] for name in alike} | {
-            "fingerprint": store.recipe.fingerprint,
-            "row_shape": list(store.row_shape),
-            "dtype": str(store.dtype),
-            "quarantined": store.quarantined,
-            "superseded": self.superseded,
-            "shards": self.shards,
-            "uncommitted": list(self.uncommitted),
-            "view": None if self.view is None else str(self.view),
-            "recipe": store.recipe.to_json(),
-            "created_with": {
-                "rows_per_shard": store.rows_per_shard,
-                "batch_size": store.batch_size,
-                "threads": store.threads,
-                "runtime": store.runtime,
-                **store.provenance,
-            },
-            "computed_otherwise": {
-                str(n): {"batch_size": made.batch_size, "threads": made.threads} for n, made in self.otherwise.items()
-            },
-        }
+        otherwise = {str(n): {"batch_size": r.batch_size, "threads": r.threads} for n, r in self.otherwise.items()}
+        made = {"rows_per_shard": store.rows_per_shard, "batch_size": store.batch_size, "threads": store.threads}
+        return {
+            **{name: summary[name] for name in alike}, "fingerprint": store.recipe.fingerprint,
+            "row_shape": list(store.row_shape), "dtype": str(store.dtype), "quarantined": store.quarantined,
+            "superseded": self.superseded, "shards": self.shards, "uncommitted": list(self.uncommitted),
+            "view": None if self.view is None else str(self.view), "recipe": store.recipe.to_json(),
+            "created_with": {**made, "runtime": store.runtime, **store.provenance}, "computed_otherwise": otherwise,
+        }  # fmt: skip
+
+
+def walk_stores(
+    home: PathLike | None = None, datasets: Sequence[str] = (), backbones: Sequence[str] = (), recipe: str | None = None
+) -> tuple[list[Path], list[dict[str, str]]]:
+    """Folders of stores, those without a recipe too, of all or some datasets; names may be as folders spell them.
+
+    Beside them ``path`` and ``error`` of folders that cannot be listed; raises as
+    `embcache.store.feature_store.folders_with`.
+    """
+    unread = list[dict[str, str]]()
+
+    def skipped(path: PathLike, error: OSError) -> None:
+        skip(path, error)
+        unread.append({"path": str(path), "error": error.strerror or str(error)})
+
+    stores, wanted = list[Path](), {slug(name) for name in backbones}
+    for dataset in datasets or (None,):
+        found = {path for entry in ("recipe.json", "shards") for path in folders_with(entry, home, dataset, skipped)}
+        for path in sorted(found):
+            name = STORE_NAME.fullmatch(path.name)
+            if name and (not wanted or name["slug"] in wanted) and name["digits"].startswith((recipe or "")[:12]):
+                stores.append(path)
+    return stores, unread
 
 
 def list_cached(home: PathLike | None = None, dataset: str | None = None) -> list[CachedStore]:
     """Describe every store under ``home``; one that is damaged is listed with its problem."""
-    rows, snapshots = [], dict[Path, tuple[str, list[str] | None]]()
+    rows, snapshot = [], functools.cache(lambda folder: _snapshot(folder, home))
     for path in store_folders(home, dataset):
-        if path.parent not in snapshots:
-            snapshots[path.parent] = _snapshot(path.parent, home)
-        name, ids = snapshots[path.parent]
+        name, ids = snapshot(path.parent)
         try:
             rows.append(_summary(FeatureStore(path), name, ids))
         except StoreError as error:
@@ -130,14 +157,13 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
     name, ids = _snapshot(store.path.parent, home or store.path.parent.parent)
     whole = FeatureStore(store.path)
     plans, committed = whole.plans(), whole.committed()
-    live = len(whole.ids) + len(whole.quarantined)
     made = {number: read_commit(store.path, number) for number in committed}
     return StoreInfo(
         store=store if ids is None else whole.restrict(ids),
         summary=_summary(whole, name, ids),
         shards=len(committed),
         uncommitted=tuple(number for number in plans if number not in committed),
-        superseded=sum(len(plans[number]) for number in committed) - live,
+        superseded=sum(len(plans[number]) for number in committed) - len(whole.ids) - len(whole.quarantined),
         view=next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None),
         otherwise={number: record for number, record in made.items() if record.batch_size or record.threads},
     )
@@ -191,4 +217,113 @@ def _summary(store: FeatureStore, name: str, ids: Sequence[str] | None) -> Cache
         views=store.views,
         problem="",
         path=store.path,
+    )
+
+
+# What an extraction would do.
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A store of the same backbone over the same dataset."""
+
+    fingerprint: str
+    path: Path
+    rows: int  # images that it holds, readable or not
+    differs: Mapping[str, tuple[Any, Any]]  # field → (wanted, cached); empty where an extraction would continue it
+    missing: int  # images of the dataset that it does not hold
+    removed: int  # images that it holds and the dataset does not
+    problem: str = ""  # why it cannot be read; the rest means nothing then
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What an extraction by one backbone would do."""
+
+    backbone: str
+    fingerprint: str
+    recipe: Mapping[str, Any]
+    cached: tuple[Cached, ...]  # the most alike first
+    images: int
+    added: tuple[str, ...]  # all images where no store has this recipe
+    changed: tuple[str, ...]  # cached, and to be computed again
+    removed: tuple[str, ...]  # cached, and no longer in the dataset
+    bytes: int  # that the new features take
+
+    @property
+    def match(self) -> Cached | None:
+        """The store with this recipe."""
+        return next((each for each in self.cached if not each.differs and not each.problem), None)
+
+    @property
+    def owed(self) -> int:
+        """Images that would be computed."""
+        return len(self.added) + len(self.changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON data."""
+        cached = [
+            {**plain(each), "differs": {k: {"wanted": a, "cached": b} for k, (a, b) in each.differs.items()}}
+            for each in self.cached
+        ]
+        first = {"added": self.added, "changed": self.changed, "removed": self.removed}
+        return {
+            "backbone": self.backbone, "fingerprint": self.fingerprint, "recipe": plain(self.recipe),
+            "match": None if self.match is None else str(self.match.path), "cached": cached, "images": self.images,
+            "owed": self.owed, "bytes": self.bytes,
+            **{name: {"number": len(ids), "first": list(ids[:_FIRST])} for name, ids in first.items()},
+        }  # fmt: skip
+
+
+def dry_run(
+    names: Sequence[str], dataset: ImageDataset, config: ExtractConfig | None = None, *, home: PathLike | None = None
+) -> list[DryRun]:
+    """Compare what an extraction with this config wants with what is cached; nothing is written."""
+    from embcache.extract.extract import decoding_of, open_networks
+    from embcache.extract.scan import scan_dataset
+
+    config = config or ExtractConfig()
+    with ThreadPoolExecutor(default_workers()) as pool:
+        files = scan_dataset(dataset, home, pool, decoding_of(config))
+        networks = open_networks(names, dataset, files, config, home=home)
+        return [
+            _one(name, network, dataset, files, home, config.retry_quarantined)
+            for name, network in zip(names, networks, strict=True)
+        ]
+
+
+def _one(
+    name: str, network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, home: PathLike | None, again: bool
+) -> DryRun:
+    from embcache.extract.extract import make_recipe
+    from embcache.extract.scan import plan_store
+
+    recipe, ids = make_recipe(network), dataset.table["id"].tolist()
+    cached, unreadable = [], []
+    known, held, owed = set(ids), set[str](), ids
+    for path in walk_stores(home, [dataset.name], [name])[0]:
+        try:
+            store = FeatureStore(path)
+            there = set(store.ids.tolist()) | set(store.quarantined)
+        except StoreError as error:
+            unreadable.append(Cached(path.name[-12:], path, 0, {}, 0, 0, f"{error.problem}; try: {error.fix}"))
+            continue
+        differs, digits = recipe.differences(store.recipe), store.recipe.fingerprint[:12]
+        cached.append(Cached(digits, path, len(there), differs, len(known - there), len(there - known)))
+        if not differs:
+            held = there
+            plan = plan_store(store, dataset, files.root, files.scan, publish=False, retry_quarantined=again)
+            owed = [image for shard in plan.shards for image in shard.ids]
+    added = tuple(image for image in owed if image not in held)
+    changed = tuple(image for image in owed if image in held and image in known)
+    return DryRun(
+        backbone=name,
+        fingerprint=recipe.fingerprint,
+        recipe=recipe.to_json(),
+        cached=(*sorted(cached, key=lambda each: len(each.differs)), *unreadable),
+        images=len(ids),
+        added=added,
+        changed=changed,
+        removed=tuple(sorted(held - known)),
+        bytes=(len(added) + len(changed)) * prod(network.row_shape) * np.dtype(network.dtype).itemsize,
     )

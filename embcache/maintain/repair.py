@@ -21,7 +21,7 @@ from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
-from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError
+from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, first_few
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.worker import compute_shard
@@ -33,6 +33,7 @@ from embcache.store.commit import PlanEntry, ShardRows, commit_shard, replace_pl
 from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
 from embcache.store.lease import Lease
 from embcache.store.reading import (
+    CommitRecord,
     check_folders,
     committed_numbers,
     misplaced,
@@ -46,7 +47,6 @@ from embcache.store.reading import (
 )
 from embcache.store.schema import Recipe, RowIndex, StoreHeader
 
-_FEW = 5
 # Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
@@ -88,16 +88,16 @@ def _refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
     """Raise a RecipeError unless what is made now is what the store holds."""
     if now == recipe:
         return
-    differences = recipe.differences(now)
+    differs = recipe.differences(now)
     what, fix = f"features of {recipe.backbone}", f"a new extraction: {extract_command(recipe.backbone, dataset)}"
     if recipe.backbone == PIXELS:
         what, fix = "pixels", "the command that needs the pixels keeps new ones"
-    elif "weights_sha256" in differences:
+    elif "weights_sha256" in differs:
         fix = f"the weights that it was made with: --weights {recipe.backbone}=FILE; or {fix}"
     raise RecipeError(
         f"the {what} cannot be made again as they were; the store was not changed", code="recipe-differs",
-        expected="\n".join(f"{name} = {there}" for name, (there, _) in differences.items()),
-        found="\n".join(f"{name} = {here}" for name, (_, here) in differences.items()), fix=fix,
+        expected="\n".join(f"{name} = {there}" for name, (there, _) in differs.items()),
+        found="\n".join(f"{name} = {here}" for name, (_, here) in differs.items()), fix=fix,
     )  # fmt: skip
 
 
@@ -143,20 +143,17 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     ids = store.ids[chosen].tolist()
     with ThreadPoolExecutor(default_workers()) as pool, torch_threads(header.threads):
         rows = maker(image_refs_of(dataset.table, ids), pool, header.batch_size, lambda rows: None, decoding)
-    unreadable = [id_ for id_, valid in zip(ids, rows.valid, strict=True) if not valid]
-    digests = zip(ids, rows.digests, strict=True)
-    changed = [id_ for id_, digest in digests if id_ not in unreadable and digest != (store.digests.get(id_) or digest)]
+    known = [store.digests.get(id_) or digest for id_, digest in zip(ids, rows.digests, strict=True)]
+    changed = rows.valid & (np.array(known) != np.array(rows.digests))
     cached, computed = (a.reshape(len(ids), -1).astype(np.float64) for a in (store.features[chosen], rows.features))
     scale = np.maximum(np.abs(computed).max(axis=1), np.finfo(np.float32).tiny)
-    differences = dict(zip(ids, (np.abs(cached - computed).max(axis=1) / scale).tolist(), strict=True))
-    for id_ in (*changed, *unreadable):
-        del differences[id_]
-    worst = max(differences, key=lambda id_: differences[id_], default="")
+    compared = rows.valid & ~changed
+    off = np.where(compared, np.abs(cached - computed).max(axis=1) / scale, -1.0)
     tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision]
     tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
-    return SampleCheck(
-        len(differences), tuple(changed), tuple(unreadable), differences.get(worst, 0.0), tolerance, worst
-    )
+    other, bad = (tuple(np.array(ids)[flags].tolist()) for flags in (changed, ~rows.valid))
+    worst = ids[int(off.argmax())] if compared.any() else ""
+    return SampleCheck(int(compared.sum()), other, bad, max(float(off.max()), 0.0), tolerance, worst)
 
 
 def repair_store(
@@ -206,7 +203,7 @@ class _Repair:
             self.root = image_folder(self.dataset)
             maker = make_again(self.header, self.dataset, self.how) if shards else None
             self.refuse_missing(shards)
-            self.repair_plans(plans, set(shards))
+            self.repair_plans(plans, shards)
             if maker is not None:
                 self.repair_shards(maker, [number for number in shards if number in plan_numbers(path)])
         for each in check.damage:
@@ -224,42 +221,39 @@ class _Repair:
     def is_here(self, source: ImageRef) -> bool:
         return bool(source.path) and (self.root / source.path).is_file()
 
-    def index(self, number: int) -> RowIndex | None:
-        """Rows of a shard without their features, where they are intact."""
+    def index(self, number: int) -> tuple[RowIndex | None, set[str]]:
+        """Rows of a shard without their features, where they are intact; and the ids of those that are valid."""
         with suppress(CorruptStoreError):
-            return read_index(self.path, self.header, number)
-        return None
+            index = read_index(self.path, self.header, number)
+            return index, set(np.array(index.ids)[index.valid].tolist())
+        return None, set()
 
     def planned(self, number: int) -> list[str]:
         """Ids of a shard as its plan says, or its index where the plan is damaged; none where neither does."""
         with suppress(CorruptStoreError):
             return [entry.id for entry in read_plan(self.path, number)]
-        index = self.index(number)
+        index, _ = self.index(number)
         return list(index.ids) if index else []
 
     def refuse_missing(self, shards: Sequence[int]) -> None:
         """Images that are not here would become unreadable rows where there were features."""
         gone = []
         for number in shards:
-            index = self.index(number)
-            bad = set(np.array(index.ids)[~index.valid].tolist()) if index else set()
-            gone += [s.id for s in self.sources(self.planned(number)) if s.id not in bad and not self.is_here(s)]
+            (index, valid), ids = self.index(number), self.planned(number)
+            bad = set(index.ids) - valid if index else set()
+            gone += [s.id for s in self.sources(ids) if s.id not in bad and not self.is_here(s)]
         if gone and not self.how.allow_missing:
             raise DatasetError(
                 f"{len(gone):,} images of damaged shards are not here; the store was not changed",
-                code="images-not-here",
-                found="no " + ", ".join(map(repr, gone[:_FEW])) + (", …" if len(gone) > _FEW else ""),
-                where=self.dataset.root,
+                code="images-not-here", found=f"no {first_few([repr(id_) for id_ in gone])}", where=self.dataset.root,
                 fix="put them back, or continue without them: --allow-missing (their rows will say that they are "
                 "missing)",
             )  # fmt: skip
 
-    def repair_plans(self, plans: Sequence[int], shards: set[int]) -> None:
+    def repair_plans(self, plans: Sequence[int], shards: Sequence[int]) -> None:
         """Write damaged plans: from their shards where these are intact, else from the images that no plan names."""
         lost = [number for number in plans if number in shards]
-        for number in plans:
-            if number in lost:
-                continue
+        for number in (each for each in plans if each not in lost):
             entries = self.entries_of_shard(number) if number in committed_numbers(self.path) else []
             if entries:
                 replace_plan(self.path, number, entries)
@@ -271,8 +265,11 @@ class _Repair:
         known = {entry.id for number in others for entry in read_plan(self.path, number)}
         rest = [id_ for id_ in self.dataset.table["id"].tolist() if id_ not in known] if lost else []
         for number in lost:
-            ids = self.ids_of_lost(number, rest)
-            rest = [id_ for id_ in rest if id_ not in set(ids)]
+            # Those that the shard's index names or, failing that, as many as it had.
+            left = set(rest)
+            ids = [id_ for id_ in self.planned(number) if id_ in left] or rest[: self.made_with(number)[2]]
+            left -= set(ids)
+            rest = [id_ for id_ in rest if id_ in left]
             if ids:
                 replace_plan(self.path, number, [self.entry(source) for source in self.sources(ids)])
                 self.did(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
@@ -297,16 +294,6 @@ class _Repair:
             entries.append(self.entry(source) if same else PlanEntry(source.id, -1, -1))
         return entries
 
-    def ids_of_lost(self, number: int, rest: list[str]) -> list[str]:
-        """The images of a lost plan, of those that are left: by its shard's index or, failing that, their number."""
-        left = set(rest)
-        if held := [id_ for id_ in self.planned(number) if id_ in left]:
-            return held
-        try:
-            return rest[: read_commit(self.path, number).rows]
-        except CorruptStoreError:
-            return rest[: self.header.rows_per_shard]
-
     def repair_shards(self, maker: Maker, shards: Sequence[int]) -> None:
         planned = {number: [entry.id for entry in read_plan(self.path, number)] for number in shards}
         total, computed, refused = sum(map(len, planned.values())), 0, list[DatasetError]()
@@ -318,8 +305,15 @@ class _Repair:
 
         with ThreadPoolExecutor(default_workers()) as pool:
             for number, ids in planned.items():
-                batch, threads = self.made_with(number)
-                with self.claim(number), torch_threads(threads) as threads:
+                batch, threads, _ = self.made_with(number)
+                lease = Lease.acquire(self.path, number)
+                if lease is None:
+                    raise StoreError(
+                        "another process is computing the same shard", code="shard-claimed",
+                        found=f"a lease on shard {number}", where=self.path,
+                        fix="wait until it is done, then run the same command again",
+                    )  # fmt: skip
+                with lease, torch_threads(threads) as threads:
                     try:
                         rows = self.make_rows(number, maker, ids, pool, batch, more)
                     except DatasetError as error:  # the others are repaired first
@@ -331,14 +325,9 @@ class _Repair:
             raise refused[0]
 
     def make_rows(
-        self,
-        number: int,
-        maker: Maker,
-        ids: Sequence[str],
-        pool: Executor,
-        batch: int,
+        self, number: int, maker: Maker, ids: Sequence[str], pool: Executor, batch: int,
         on_rows: Callable[[int], object],
-    ) -> ShardRows:
+    ) -> ShardRows:  # fmt: skip
         """Rows of a damaged shard; an error where one that was valid, or may have been, would not be any more."""
         sources, limit = self.sources(ids), self.max_pixels or default_max_pixels()
         rows = maker(sources, pool, batch, on_rows, Decoding(limit))
@@ -356,9 +345,7 @@ class _Repair:
         features = "had features" if known else "may have had features, for its index is damaged too"
         raise DatasetError(
             f"{len(lost):,} images of shard {number} cannot be read now, and {features}; the shard was not changed",
-            code="images-unreadable",
-            found="\n".join(f"{id_!r}: {reason}" for id_, reason in list(lost.items())[:_FEW])
-            + ("\n…" if len(lost) > _FEW else ""),
+            code="images-unreadable", found=first_few([f"{id_!r}: {reason}" for id_, reason in lost.items()]),
             where=self.dataset.root, fix=fix,
         )  # fmt: skip
 
@@ -367,29 +354,17 @@ class _Repair:
         bad = {id_: reason for id_, reason in zip(rows.ids, rows.reasons, strict=True) if reason}
         if self.how.allow_missing:
             bad = {source.id: bad[source.id] for source in self.sources(list(bad)) if self.is_here(source)}
-        index = self.index(number)
+        index, valid = self.index(number)
         if index is None:  # a limit that was given is meant
             return False, {} if self.max_pixels else {id_: reason for id_, reason in bad.items() if pixels_of(reason)}
-        valid = set(np.array(index.ids)[index.valid].tolist())
         return True, {id_: reason for id_, reason in bad.items() if id_ in valid}
 
-    def made_with(self, number: int) -> tuple[int, int]:
-        """Batch size and threads of a shard: the bits of its features depend on them."""
-        batch_size = threads = None
+    def made_with(self, number: int) -> tuple[int, int, int]:
+        """Batch size and threads of a shard, on which the bits of its features depend; and its rows."""
+        header, record = self.header, CommitRecord(self.header.rows_per_shard, {})
         with suppress(CorruptStoreError):
             record = read_commit(self.path, number)
-            batch_size, threads = record.batch_size, record.threads
-        return batch_size or self.header.batch_size, threads or self.header.threads
-
-    def claim(self, number: int) -> Lease:
-        lease = Lease.acquire(self.path, number)
-        if lease is None:
-            raise StoreError(
-                "another process is computing the same shard", code="shard-claimed",
-                found=f"a lease on shard {number}", where=self.path,
-                fix="wait until it is done, then run the same command again",
-            )  # fmt: skip
-        return lease
+        return record.batch_size or header.batch_size, record.threads or header.threads, record.rows
 
 
 def _is_readable(root: Path, source: ImageRef) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
-from embcache.io import STALE_SECONDS, is_stale, list_folder, skip
-from embcache.paths import PathLike, slug
-from embcache.store.feature_store import FeatureStore, folders_with
+from embcache.io import STALE_SECONDS, is_stale, list_folder
+from embcache.maintain.listing import STORE_NAME
+from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     ShardFiles,
@@ -35,7 +33,6 @@ from embcache.store.reading import (
 )
 from embcache.store.schema import StoreHeader
 
-_FOLDER = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
 # A store's own entries; anything else in its folder is reported and left alone.
 _ENTRIES = {"recipe.json", "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
 _AHEAD = 1024  # images handed to the threads at a time by `check_source`
@@ -81,42 +78,6 @@ class StoreCheck:
     notes: tuple[str, ...]  # what is worth knowing and no damage
 
 
-def find_stores(
-    home: PathLike | None = None,
-    dataset: str | None = None,
-    backbones: Sequence[str] = (),
-    recipe: str | None = None,
-    skipped: Callable[[PathLike, OSError], object] = skip,
-) -> list[Path]:
-    """Folders of stores, those without a recipe included; names of backbones may be given as folders spell them.
-
-    ``skipped`` gets folders that cannot be listed; raises as `embcache.store.feature_store.folders_with`.
-    """
-    wanted = {slug(name) for name in backbones}
-    found = {path for entry in ("recipe.json", "shards") for path in folders_with(entry, home, dataset, skipped)}
-    return [
-        path
-        for path in sorted(found)
-        if (name := _FOLDER.fullmatch(path.name))
-        and (not wanted or name["slug"] in wanted)
-        and name["digits"].startswith((recipe or "")[:12])
-    ]
-
-
-def walk_stores(
-    home: PathLike | None = None, datasets: Sequence[str] = (), backbones: Sequence[str] = (), recipe: str | None = None
-) -> tuple[list[Path], list[dict[str, str]]]:
-    """Folders of stores of all, or some, datasets; and ``path`` and ``error`` of folders that cannot be listed."""
-    unread = list[dict[str, str]]()
-
-    def skipped(path: PathLike, error: OSError) -> None:
-        skip(path, error)
-        unread.append({"path": str(path), "error": error.strerror or str(error)})
-
-    stores = [path for name in (datasets or (None,)) for path in find_stores(home, name, backbones, recipe, skipped)]
-    return stores, unread
-
-
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
     """Read every file of a store and compare it with what was committed."""
     while True:
@@ -151,21 +112,9 @@ class _Verification:
         if wrong := misplaced(self.path):
             # Nothing is read through a link: what it leads to is not this store's.
             self.damage += [Damage("extra", each, "it is not a real folder") for each in wrong]
-            return self.result()
-        self.check_recipe()
-        for number in plan_numbers(self.path):
-            self.check_plan(number)
-        self.committed = committed_numbers(self.path)
-        for done, number in enumerate(self.committed, start=1):
-            self.check_shard(number)
-            on_shard(done, len(self.committed))
-        self.check_pairs()
-        self.check_listing()
-        self.notes += store_notes(self.path)
-        return self.result()
-
-    def result(self) -> StoreCheck:
-        header, name = self.header, _FOLDER.fullmatch(self.path.name)
+        else:
+            self.look(on_shard)
+        header, name = self.header, STORE_NAME.fullmatch(self.path.name)
         return StoreCheck(
             dataset=self.path.parent.name,
             backbone=header.recipe.backbone if header else name["slug"] if name else self.path.name,
@@ -180,47 +129,44 @@ class _Verification:
             notes=tuple(self.notes),
         )
 
-    def check_recipe(self) -> None:
+    def look(self, on_shard: Callable[[int, int], object]) -> None:
         try:
             self.header = read_header(self.path)
+            self.sizes.append((self.path / "recipe.json").lstat().st_size)
         except StoreError as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
                 raise
             self.damage.append(Damage("recipe", self.path / "recipe.json", _in_one_line(error)))
-        else:
-            self.sizes.append((self.path / "recipe.json").lstat().st_size)
-
-    def check_plan(self, number: int) -> None:
-        file = plan_path(self.path, number)
-        try:
-            self.plans[number] = tuple(entry.id for entry in read_plan(self.path, number))
-        except CorruptStoreError as error:
-            self.found("plan", file, _in_one_line(error), number)
-        else:
-            self.sizes.append(file.lstat().st_size)
+        for number in plan_numbers(self.path):
+            file = plan_path(self.path, number)
+            with self.noting("plan", file, number):
+                self.plans[number] = tuple(entry.id for entry in read_plan(self.path, number))
+                self.sizes.append(file.lstat().st_size)
+        self.committed = committed_numbers(self.path)
+        for done, number in enumerate(self.committed, start=1):
+            self.check_shard(number)
+            on_shard(done, len(self.committed))
+        self.check_pairs()
+        self.check_listing()
+        self.notes += store_notes(self.path)
 
     def check_shard(self, number: int) -> None:
-        folder, before = shard_path(self.path, number), len(self.damage)
-        try:
+        folder, before, files = shard_path(self.path, number), len(self.damage), None
+        with self.noting("shard", folder / "commit.json", number):
             files = ShardFiles(self.path, number)
-        except CorruptStoreError as error:
-            self.found("shard", folder / "commit.json", _in_one_line(error), number)
+            self.sizes.append((folder / "commit.json").lstat().st_size)
+        if files is None:
             return
-        self.sizes.append((folder / "commit.json").lstat().st_size)
         for name in files:
-            try:
+            with self.noting("shard", folder / name, number):
                 files.get(name)
-            except CorruptStoreError as error:
-                self.found("shard", folder / name, _in_one_line(error), number)
             if (folder / name).is_file():
                 self.sizes.append((folder / name).lstat().st_size)
         if self.header is not None and len(self.damage) == before:
-            try:
+            with self.noting("shard", folder, number):
                 ids = read_index(self.path, self.header, number, files).ids
                 read_features(self.path, self.header, number, files)
                 self.shards[number] = ids
-            except CorruptStoreError as error:
-                self.found("shard", folder, _in_one_line(error), number)
         for extra in _extra(folder, {"commit.json", *files}):
             self.damage.append(Damage("extra", extra, "no commit names it", number))
 
@@ -252,14 +198,19 @@ class _Verification:
         if names := [entry.name for entry in _strangers(self.path, _ENTRIES)]:
             self.notes.append(f"not of the store, and left alone: {', '.join(names)}")
 
+    @contextmanager
+    def noting(self, kind: str, path: Path, number: int) -> Iterator[None]:
+        try:
+            yield
+        except CorruptStoreError as error:
+            self.found(kind, path, _in_one_line(error), number)
+
     def found(self, kind: str, path: Path, problem: str, number: int) -> None:
         """Damage of a shard or its plan, with the rows that its plan or, where that is damaged, its index names."""
         ids = self.plans.get(number) or self.shards.get(number)
         if not ids and self.header is not None:
-            try:
+            with suppress(StoreError):
                 ids = read_index(self.path, self.header, number).ids
-            except StoreError:
-                ids = None
         first = number * self.header.rows_per_shard if self.header else 0
         rows = Rows(first, first + len(ids) - 1, len(ids), ids[0], ids[-1]) if ids else None
         self.damage.append(Damage(kind, path, problem, number, rows))
@@ -274,13 +225,10 @@ def _in_one_line(error: StoreError) -> str:
 def _extra(folder: Path, known: set[str]) -> Iterator[Path]:
     """Files and empty folders of a shard that are not ``known``."""
     holding = {parent.as_posix() for name in known for parent in PurePosixPath(name).parents}
-    for root, folders, names in os.walk(folder):
-        for path in (Path(root) / name for name in names):
-            if path.relative_to(folder).as_posix() not in known and not path.name.startswith(_NFS):
-                yield path
-        for path in (Path(root) / name for name in folders):
-            if path.is_symlink() or (path.relative_to(folder).as_posix() not in holding and not any(path.iterdir())):
-                yield path
+    for path in sorted(folder.rglob("*")):
+        name, real = path.relative_to(folder).as_posix(), path.is_dir() and not path.is_symlink()
+        if (name not in holding and not any(path.iterdir())) if real else (name not in known and path.name[:4] != _NFS):
+            yield path
 
 
 def _strangers(folder: Path, known: set[str]) -> list[Path]:
@@ -346,18 +294,17 @@ def check_source(
     root, rows = image_folder(dataset), store.sources()
     held = {id_: rows[id_].digest or "" for id_ in (*store.quarantined, *store.digests)}
     sources = [source for source in image_refs(dataset.table) if source.id in held]
-    changed, missing, done = [], [], 0
+    changed, missing = [], []
     # File by file: the images of one array file lie beside each other, and are decoded from it in order.
     with ThreadPoolExecutor(usable_cores()) as pool:
-        rest = iter(sources)
-        while chunk := list(islice(rest, _AHEAD)):
+        for start in range(0, len(sources), _AHEAD):
+            chunk = sources[start : start + _AHEAD]
             for source, digest in zip(chunk, pool.map(lambda s: digest_now(root, s), chunk), strict=True):
                 if digest is None:
                     missing.append(source.id)
                 elif held[source.id] and digest != held[source.id]:
                     changed.append(source.id)
-            done += len(chunk)
-            on_rows(done, len(sources))
+            on_rows(start + len(chunk), len(sources))
     # Those that were quarantined had no features, maybe for the same reason.
     gone = tuple(id_ for id_ in missing if id_ not in store.quarantined)
     return SourceCheck(len(sources), tuple(changed), gone, len(held) - len(sources))

@@ -20,7 +20,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.figures.attention import mass_table, mean_attention
 from embcache.figures.maps import NEIGHBORS, decimals, embed_map, neighbor_accuracy
-from embcache.figures.plots import AttentionPanel, Map, plot_attention, plot_maps
+from embcache.figures.plots import Map, plot_attention, plot_maps
 from embcache.figures.shown import LIMIT, Shown, fused_features, shown_images
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import make_head
@@ -138,7 +138,7 @@ def _draw_attention(grid: Grid, state: DatasetState, path: Path, marks: Marks) -
     mass = mass_table(weights, len(model.backbones))
     synthetic = " (synthetic)" if state.ds.synthetic else ""
     title = f"{state.ds.name}{synthetic}, {len(heads)} folds trained on {result.subset}"
-    plot_attention([AttentionPanel(title, model.backbones, weights, mass)], grid.title, path)
+    plot_attention(weights, mass, model.backbones, (title, grid.title), path)
     drawn: Drawn = []
     for name, shares in zip(model.backbones, mass, strict=True):
         to = {other: float(share) for other, share in zip(model.backbones, shares, strict=True)}

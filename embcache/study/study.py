@@ -13,9 +13,9 @@ from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.extract import extract
 from embcache.fields import Config, parse_weights
-from embcache.figures.draw_curves import table_curves
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_curves, plot_maps
+from embcache.figures.run_plots import table_curves
 from embcache.finetune.finetune import finetune
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,13 +21,20 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_search_finds_a_page_from_disk(browser: Any, tmp_path: Path) -> None:
-    for module in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+    for module in ("mkdocs", "material"):
         pytest.importorskip(module, reason="needs the extra `docs`")
+    shutil.copytree(ROOT / "docs" / "assets", tmp_path / "docs" / "assets")
+    for name in ("index.md", "demo.png", "extraction.md"):  # with the site's own settings, and no reference of the code
+        shutil.copy(ROOT / "docs" / name, tmp_path / "docs" / name)
+    (tmp_path / "mkdocs.yml").write_text(
+        f"INHERIT: {ROOT / 'mkdocs.yml'}\nstrict: false\nhooks: []\nplugins: [search, offline]\n"
+        "nav: [{Home: index.md}, {Extraction: extraction.md}]\n"
+    )
     subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "-q", "--site-dir", str(tmp_path)],
-        cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        [sys.executable, "-m", "mkdocs", "build", "-q", "--site-dir", str(tmp_path / "site")],
+        cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
-    browser.get((tmp_path / "index.html").as_uri())
+    browser.get((tmp_path / "site" / "index.html").as_uri())
     field = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
     field.click()
     field.send_keys("quarantined")

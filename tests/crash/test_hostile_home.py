@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import random
@@ -33,9 +32,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 
 def test_links_pipes_and_devices_hang_nothing_and_harm_nothing(hostile: Home) -> None:
-    every = list(itertools.product(hostile.places(), KINDS, COMMANDS))
-    for place, kind, command in random.Random(0).sample(every, 12):
-        hostile.special(place, kind, command)
+    chance, places = random.Random(0), hostile.places()
+    for kind in KINDS:
+        hostile.special(chance.choice(places), kind, chance.choice(COMMANDS))
 
 
 @pytest.mark.parametrize("name", ["staging", "leases"])
@@ -55,7 +54,7 @@ def test_gc_never_follows_a_folder_of_a_store_that_is_a_link(hostile: Home, name
 
 def test_values_of_other_types_show_no_traceback_and_end_no_listing(hostile: Home) -> None:
     chance = random.Random(0)
-    for _, write in chance.sample(list(hostile.values()), 9):
+    for _, write in chance.sample(list(hostile.values()), 5):
         hostile.start()
         write()
         hostile.command(chance.choice(["results", "ls", "probe", "splits"]))

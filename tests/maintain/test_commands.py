@@ -108,10 +108,3 @@ def test_a_dry_run_prints_fields_and_images_and_computes_nothing(make: Make, ds:
     (answer,) = json.loads(told.stdout)
     assert (answer["owed"], answer["added"]["number"]) == (0, 0)
     assert tree(home) == before
-
-
-@pytest.mark.parametrize("command", ["verify", "doctor", "gc"])
-def test_help_has_an_example(command: str) -> None:
-    told = run(command, "--help")
-    assert told.exit_code == 0
-    assert f"Example: embcache {command}" in told.stdout

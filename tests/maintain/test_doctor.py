@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import embcache
@@ -29,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_SECONDS", 0.0)
     monkeypatch.setattr(doctor, "_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(doctor, "_COPIED", {"cpu": 1 << 16, "cuda": 1 << 16})
-    monkeypatch.setattr(doctor, "_per_second", lambda work, device=None: (work(), 10.0)[1])
+    monkeypatch.setattr(doctor, "_per_second", lambda work: (work(), 10.0)[1])
 
 
 def test_an_empty_home_is_well(home: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_device_that_cannot_be_used_is_told(home: Path, monkeypatch: pytest.Mo
     def refuse(*_: Any) -> float:
         raise RuntimeError("no kernel image is available\nlong text")
 
-    monkeypatch.setattr(doctor, "_copying", refuse)
+    monkeypatch.setattr(torch, "empty_like", refuse)
     assert diagnose().problems == ["cpu cannot be used: no kernel image is available"]
 
 

@@ -9,11 +9,10 @@ import pytest
 
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
-from embcache.maintain.dry_run import dry_run
+from embcache.maintain.listing import dry_run
 from tests.extract.conftest import draw
 from tests.extract.tiny import run_extraction
 from tests.maintain.conftest import Make, damage, ds, images, make, quick_disk, tiny
-from tests.store.build import tree
 
 __all__ = ["ds", "images", "make", "quick_disk", "tiny"]
 
@@ -25,16 +24,6 @@ def test_nothing_is_cached(ds: ImageDataset, tiny: None, home: Path) -> None:
     assert (answer.owed, answer.bytes) == (20, 20 * 6 * 4)
     assert not home.exists()  # nothing is written
     json.dumps(answer.to_json(), allow_nan=False)
-
-
-def test_of_a_complete_store_nothing_would_be_computed(make: Make, ds: ImageDataset, home: Path) -> None:
-    path = make("zarr")
-    before = tree(home)
-    (answer,) = dry_run(["random"], ds)
-    assert answer.match is not None
-    assert answer.match.path == path
-    assert (answer.owed, answer.added, answer.changed, answer.removed) == (0, (), (), ())
-    assert tree(home) == before
 
 
 def test_every_field_that_differs_is_named(make: Make, ds: ImageDataset) -> None:

@@ -53,7 +53,7 @@ def watch(patch: pytest.MonkeyPatch, before: Callable[..., object]) -> None:
     patch.setattr(repair, "make_again", make_again)
 
 
-@pytest.mark.parametrize(("kind", "how"), [*((kind, "flip") for kind in KINDS), ("zarr", "cut"), ("hdf5", "remove")])
+@pytest.mark.parametrize(("kind", "how"), [*zip(KINDS, ("flip", "remove", "cut", "flip"), strict=True)])
 def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
     kind: str, how: str, make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +75,7 @@ def test_only_the_damaged_shard_is_computed_again_and_equals_what_it_was(
 def test_every_file_can_be_repaired(kind: str, make: Make, ds: ImageDataset) -> None:
     path = make(kind)
     before = tree(path)
-    for file in set(files_of(path)) - {path / "recipe.json"}:
+    for file in (file for file in files_of(path) if "000001" in file.as_posix()):  # a plan and a shard
         flip(file, 40, bit=2)
         assert not repaired(path, ds).damage
         assert tree(path) == before, file
@@ -108,7 +108,7 @@ def test_a_damaged_plan_of_nothing_computed_is_planned_anew(make: Make, ds: Imag
     assert tree(path) == before
 
 
-@pytest.mark.parametrize(("kind", "moment"), [("zarr", "compute"), ("zarr", "commit"), ("pixels", "view")])
+@pytest.mark.parametrize(("kind", "moment"), [("zarr", "compute"), ("hdf5", "commit"), ("pixels", "view")])
 def test_a_repair_that_is_killed_is_finished_by_the_next(
     kind: str, moment: str, make: Make, ds: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,10 +128,7 @@ def test_a_repair_that_is_killed_is_finished_by_the_next(
         with pytest.raises(KeyboardInterrupt):
             repaired(path, ds)
     left = verify_store(path)
-    assert {each.shard for each in left.damage} == (set() if moment == "view" else {0, 1})
-    assert [each.kind for each in left.damage] == {
-        "compute": ["shard", "shard"], "commit": ["shard", "shard"], "view": [],
-    }[moment]  # fmt: skip
+    assert [(each.kind, each.shard) for each in left.damage] == [("shard", 0), ("shard", 1)] * (moment != "view")
     assert not repaired(path, ds).damage
     assert tree(path) == before
 

@@ -16,7 +16,17 @@ from PIL import Image
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
-Embcache = Callable[..., str]
+Embcache = Callable[..., list[str]]
+# Commands as they are typed, in one process: torch is imported once.
+SCRIPT = """
+import json, sys
+from typer.testing import CliRunner
+from embcache.cli import app
+for words in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, (words, done.output)
+    print(json.dumps(done.stdout))
+"""
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -58,15 +68,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embcache(site: Path, tmp_path: Path) -> Embcache:
     """The installed command, in an empty folder and with a home of its own."""
 
-    def command(*words: str) -> str:
+    def commands(*each: tuple[str, ...]) -> list[str]:
         environment = {"PYTHONPATH": str(site), "EMBCACHE_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        return run(sys.executable, "-P", "-m", "embcache", *words, cwd=tmp_path, **environment)
+        said = run(sys.executable, "-P", "-c", SCRIPT, json.dumps(each), cwd=tmp_path, **environment)
+        return [json.loads(line) for line in said.splitlines()]
 
-    return command
+    return commands
 
 
 @pytest.mark.slow
-def test_the_wheel_works_outside_the_checkout(site: Path, embcache: Embcache, tmp_path: Path) -> None:
+def test_the_wheel_works_outside_the_checkout(site: Path, tmp_path: Path) -> None:
     assert (site / "embcache" / "py.typed").is_file()
     templates = site / "embcache" / "report" / "templates"
     assert {path.name for path in templates.iterdir()} == {
@@ -79,7 +90,7 @@ def test_the_wheel_works_outside_the_checkout(site: Path, embcache: Embcache, tm
     code = "import embcache; print(embcache.__file__)"
     where = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert Path(where.strip()).is_relative_to(site)
-    assert "dino" in embcache("backbones")
+    assert "dino" in run(sys.executable, "-P", "-m", "embcache", "backbones", cwd=tmp_path, PYTHONPATH=str(site))
 
 
 def draw_lesions(root: Path) -> None:
@@ -99,20 +110,22 @@ def draw_lesions(root: Path) -> None:
 def test_a_plugin_adds_a_backbone_a_head_a_dataset_and_a_metric(site: Path, embcache: Embcache, tmp_path: Path) -> None:
     install(CHECKOUT / "tests" / "plugin", ("pyproject.toml", "embcache_plugin"), tmp_path, site)
     draw_lesions(tmp_path / "lesions")
-    listed = {name: embcache(name) for name in ("backbones", "heads", "datasets")}
-    assert "tiny" in listed["backbones"]
-    assert "bottleneck" in listed["heads"]
-    assert "lesions" in listed["datasets"]
-    embcache("extract", "--backbone", "tiny", "--dataset", "lesions", "--data-root", str(tmp_path / "lesions"))
-    probed = embcache(
-        "probe", "--head", "bottleneck", "--head-option", "rank=2", "--metric", "youden", "--subset", "12",
-        "--folds", "2", "--dataset", "lesions", "--backbone", "tiny", "--json", "-",
+    images, predictions = tmp_path / "lesions" / "images", tmp_path / "predictions.csv"
+    *listed, _, probed = embcache(
+        ("backbones",), ("heads",), ("datasets",),
+        ("extract", "--backbone", "tiny", "--dataset", "lesions", "--data-root", str(tmp_path / "lesions")),
+        ("probe", "--head", "bottleneck", "--head-option", "rank=2", "--metric", "youden", "--subset", "12",
+         "--folds", "2", "--dataset", "lesions", "--backbone", "tiny", "--json", "-"),
     )  # fmt: skip
+    for name, text in zip(("tiny", "bottleneck", "lesions"), listed, strict=True):
+        assert name in text
     (result,) = json.loads(probed)
     assert (result["dataset"], result["backbones"], result["head"]) == ("lesions", ["tiny"], "bottleneck")
     assert result["metric"] == "youden"
     assert -1 <= result["mean"] <= 1
-    assert result["id"] in embcache("results", "--json", "-")
-    predictions = tmp_path / "predictions.csv"
-    embcache("predict", "--run", result["id"], str(tmp_path / "lesions" / "images"), "--output", str(predictions))
+    found, _ = embcache(
+        ("results", "--json", "-"),
+        ("predict", "--run", result["id"], str(images), "--output", str(predictions)),
+    )  # fmt: skip
+    assert result["id"] in found
     assert len(predictions.read_text("utf-8").splitlines()) == 61

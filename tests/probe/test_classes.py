@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.errors import ProtocolError, UsageError
-from embcache.figures.draw_curves import curve_panels
+from embcache.figures.run_plots import curve_panels
 from embcache.probe.probe import probe_features
 from embcache.report.collect import make_tasks
 from embcache.results.compare import compare, subgroups

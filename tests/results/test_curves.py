@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from embcache.errors import StoreNotFoundError
-from embcache.figures.draw_curves import curve_panels, table_curves
+from embcache.figures.run_plots import curve_panels, table_curves
 from embcache.results.curves import band_words, curve_table, find_results, named_curves
 from embcache.results.paper import Grid, find_value
 from embcache.runs.folders import Result

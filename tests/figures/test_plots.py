@@ -16,8 +16,8 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.markers import MarkerStyle
 from matplotlib.text import Text
 
-from embcache.figures import lettering, plots
-from embcache.figures.plots import AttentionPanel, Curve, CurvePanel, Map, Picture, class_mark
+from embcache.figures import plots
+from embcache.figures.plots import Curve, CurvePanel, Map, Picture, class_mark
 
 LONG = "carcinoma in situ of type {:02d}, grade unknown"
 SENTENCE = "a class whose name is a whole sentence about what may be seen in an image of it, number {} of many"
@@ -29,14 +29,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Figure]:
     figures: list[Figure] = []
 
     def save(figure: Figure, target: Path) -> Path:
-        lettering.use_fonts(figure)
+        plots.use_fonts(figure)
         figures.append(figure)
         return target
 
     monkeypatch.setattr(plots, "_save", save)
 
     def last() -> Figure:
-        with lettering.no_warnings():
+        with plots.no_warnings():
             FigureCanvasAgg(figures[-1]).draw()
         return figures[-1]
 
@@ -81,10 +81,16 @@ def maps(panels: int, classes: int) -> list[Map]:
     return [Map(title, rng.normal(size=(4 * classes, 2)).astype(np.float32), labels, caption) for _ in range(panels)]
 
 
-@pytest.mark.parametrize("panels", [1, 5])
 @pytest.mark.parametrize(
-    ("classes", "name"),
-    [(1, "only"), (5, "Proliferative DR"), (16, LONG), (120, "class_{:03d}"), (3, SENTENCE), (9, "肺炎 {}")],
+    ("panels", "classes", "name"),
+    [
+        (1, 1, "only"),
+        (5, 5, "Proliferative DR"),
+        (1, 16, LONG),
+        (2, 40, "class_{:03d}"),
+        (1, 3, SENTENCE),
+        (1, 9, "肺炎 {}"),
+    ],
 )
 def test_a_map_shows_its_whole_legend(
     drawn: Callable[[], Figure], tmp_path: Path, panels: int, classes: int, name: str
@@ -92,9 +98,10 @@ def test_a_map_shows_its_whole_legend(
     names = [name.format(c) + (f" {c}" if "{" not in name else "") for c in range(classes)]
     title = "t-SNE, a_dataset_whose_name_is_long_because_folders_have_such_names: official test set, n = 1,234"
     plots.plot_maps(maps(panels, classes), names, title, tmp_path / "map.png")
-    check_nothing_is_cut(drawn())
-    check_apart(drawn())
-    (legend,) = drawn().legends
+    figure = drawn()
+    check_nothing_is_cut(figure)
+    check_apart(figure)
+    (legend,) = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert len(shown) == classes
     if name is not SENTENCE:
@@ -110,8 +117,9 @@ def test_a_legend_without_room_for_all_has_the_largest_classes_and_says_so(
     labels = np.concatenate([np.arange(200), np.full(9, 150)])
     points = np.random.default_rng(0).normal(size=(209, 2)).astype(np.float32)
     plots.plot_maps([Map("m", points, labels)], [LONG.format(c) for c in range(200)], "t", tmp_path / "map.png")
-    check_nothing_is_cut(drawn())
-    (legend,) = drawn().legends
+    figure = drawn()
+    check_nothing_is_cut(figure)
+    (legend,) = figure.legends
     said = legend.get_title().get_text()
     assert f"the {len(legend.get_texts())} classes with most images, of 200" in said
     assert "128 classes" in said
@@ -131,49 +139,46 @@ def test_other_figures_are_not_cut(drawn: Callable[[], Figure], tmp_path: Path) 
         Curve(f"{name}_{k} logistic regression", (20.0, 50.0), (0.7, 0.8), (0.6, 0.7), (0.8, 0.9), family=str(k))
         for k in range(9)
     )
-    for panels in (1, 2):
-        plots.plot_curves(
-            [CurvePanel(f"aptos, {name}", "kappa", curves)] * panels, "Learning curves", tmp_path / "c.png"
-        )
-        check_nothing_is_cut(drawn())
-        check_apart(drawn())
-    for classes in (2, 12):
-        names = [f"{LONG.format(k)}, and more" for k in range(classes)]
-        title = f"run of {name} with a long title, which needs more than one line\nensemble of 5 models, accuracy 0.93"
-        plots.plot_confusion(np.eye(classes, dtype=np.int64) * 1234, names, title, tmp_path / "m.png")
-        check_nothing_is_cut(drawn())
-        rates = [Curve(f"{c}: AUC 0.912 (0.880 to 0.941)", (0.0, 1.0), (0.0, 1.0), *[(0.0, 0.9)] * 2) for c in names]
-        plots.plot_rates(rates, title, tmp_path / "r.png", axes=("1 − specificity", "sensitivity"), note=title)
-        check_nothing_is_cut(drawn())
-        check_apart(drawn())
+    plots.plot_curves([CurvePanel(f"aptos, {name}", "kappa", curves)] * 2, "Learning curves", tmp_path / "c.png")
+    check_nothing_is_cut(drawn())
+    check_apart(drawn())
+    names = [f"{LONG.format(k)}, and more" for k in range(12)]
+    title = f"run of {name} with a long title, which needs more than one line\nensemble of 5 models, accuracy 0.93"
+    plots.plot_confusion(np.eye(12, dtype=np.int64) * 1234, names, title, tmp_path / "m.png")
+    check_nothing_is_cut(drawn())
+    rates = [Curve(f"{c}: AUC 0.912 (0.880 to 0.941)", (0.0, 1.0), (0.0, 1.0), *[(0.0, 0.9)] * 2) for c in names]
+    plots.plot_rates(rates, title, tmp_path / "r.png", axes=("1 − specificity", "sensitivity"), note=title)
+    figure = drawn()
+    check_nothing_is_cut(figure)
+    check_apart(figure)
     cells = [
         Picture(np.zeros((40, 60, 3), np.uint8), f"…st/NORMAL/IM-0001.jpeg\n{LONG} · train\n0.83 · same group")
     ] * 3
     plots.plot_sheet([(name, cells), (name, cells[:1])], f"nearest in cached features: {name}", tmp_path / "s.png")
     check_nothing_is_cut(drawn())
-    panel = AttentionPanel(f"a-dataset-of-{name}, 5 folds", (name, "b"), np.ones((8, 8), np.float32), np.eye(2))
-    plots.plot_attention([panel], f"attention of {name}, mean over 1,234 test images", tmp_path / "a.png")
+    titles = f"a-dataset-of-{name}, 5 folds", f"attention of {name}, mean over 1,234 test images"
+    plots.plot_attention(np.ones((8, 8), np.float32), np.eye(2), (name, "b"), titles, tmp_path / "a.png")
     check_nothing_is_cut(drawn())
 
 
 def test_a_font_is_named_where_none_has_the_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lettering, "_family_with", lambda character: None)
-    for suffix in ("png", "pdf", "svg"):
+    monkeypatch.setattr(plots, "_family_with", lambda character: None)
+    for suffix in ("pdf", "svg"):
         plots.plot_maps(maps(1, 2), ["正常", "élevé"], "t", tmp_path / f"map.{suffix}")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "正 常" in record.getMessage() or "常 正" in record.getMessage()
-    assert "apt install fonts-noto-cjk" in record.getMessage()
+    assert "fonts-noto-cjk" in record.getMessage()
     caplog.clear()
     plots.plot_maps(maps(1, 1), ["\u0e01"], "t", tmp_path / "map.png")
-    assert "Noto Sans (thai)" in caplog.text
+    assert "\u0e01" in caplog.text
 
 
 def test_characters_come_from_an_installed_font(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     character = "肺"
-    families = lettering._families(f"a {character}")
+    families = plots._families(f"a {character}")
     found = [
         family
         for family in families[1:]
@@ -189,17 +194,17 @@ def test_fonts_installed_after_matplotlib_made_its_list_are_found(monkeypatch: p
     serif = findfont(FontProperties(family=["DejaVu Serif"]))
     old = [entry for entry in fontManager.ttflist if entry.name != "DejaVu Serif"]
     monkeypatch.setattr(fontManager, "ttflist", old)
-    monkeypatch.setattr(lettering, "findSystemFonts", lambda: [str(serif), __file__])
-    assert "DejaVu Serif" in lettering._installed.__wrapped__()
+    monkeypatch.setattr(plots, "findSystemFonts", lambda: [str(serif), __file__])
+    assert "DejaVu Serif" in plots._installed.__wrapped__()
 
 
 def test_texts_are_wrapped_and_shortened_to_a_width() -> None:
     text = "one two three four " + "x" * 60 + " 肺炎"
-    lines = lettering.wrap(text, 10, 1.5).split("\n")
-    assert all(lettering.text_width(line, 10) <= 1.5 for line in lines)
+    lines = plots.wrap(text, 10, 1.5).split("\n")
+    assert all(plots.text_width(line, 10) <= 1.5 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    short = lettering.shorten("lesion number 17 of the left hand", 10, 1.0)
-    assert lettering.text_width(short, 10) <= 1.0
+    short = plots.shorten("lesion number 17 of the left hand", 10, 1.0)
+    assert plots.text_width(short, 10) <= 1.0
     assert short.startswith("les")
     assert short.endswith("hand")
-    assert lettering.shorten("short", 10, 1.0) == "short"
+    assert plots.shorten("short", 10, 1.0) == "short"
