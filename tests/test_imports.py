@@ -84,7 +84,7 @@ def test_nothing_imports_in_circles() -> None:
 
 def test_drawing_libraries_are_imported_in_few_places() -> None:
     importers = {(name.split(".")[0], module.rpartition(".")[2]) for module, name in _imports()}
-    assert {module for name, module in importers if name == "matplotlib"} == {"lettering", "plots"}
+    assert {module for name, module in importers if name == "matplotlib"} == {"plots"}
     assert {module for name, module in importers if name == "bokeh"} == {"charts"}
 
 

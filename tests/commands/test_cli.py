@@ -142,7 +142,7 @@ def test_columns_are_remembered_and_probing_works_with_the_images_gone(labels: P
     assert done.stderr.splitlines()[-1] == "next: embcache probe --head linear --subset S,M,F --dataset mine"
     assert "next" not in embcache("--quiet", "ls").stderr
     assert answer("datasets", "mine")["groups"] == {"train": 20}
-    with refused(UsageError, "merge-class"):
+    with refused(UsageError, "too-few-classes"):
         embcache("extract", "--backbone", "random", "--dataset", "mine", "--merge-class", "sick+well=x")
     probe = ("probe", "--dataset", "mine", "--subset", "F", "--folds", "2")
     (other,) = answer(*probe, "--group-column", "patient")

@@ -16,9 +16,9 @@ from tests.results.build import make_result
 
 
 def smaller(dataset: ImageDataset) -> ImageDataset:
-    """Every fourth patient of each split; sizes to match."""
+    """Every seventh patient of each split; sizes to match."""
     groups = dataset.table.groupby("split", sort=True)["group"].unique()
-    kept = {group for names in groups for group in sorted(names)[::4]}
+    kept = {group for names in groups for group in sorted(names)[::7]}
     table = dataset.table[dataset.table["group"].isin(kept)]
     return replace(dataset, name="sample-small", table=table, subset_sizes={"S": 16, "M": 40})
 

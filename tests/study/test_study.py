@@ -107,7 +107,7 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> N
     assert not done.empty
     reasons = {(record["model"], record["subset"]): record["reason"] for record in done.table.records}
     assert reasons["Random", "S"] is None
-    assert "larger than the pool" in reasons["Random", "1000"]
+    assert "1000 training images" in reasons["Random", "1000"]
     assert reasons["DINO", "S"].startswith("dino: the images of toy are not here")
     assert made(backbones=["dino"]).empty
 
