@@ -97,6 +97,14 @@ class ExtractConfig(Config):
         "paper: 256×256, center crop 224, images up to 224 as they are. imagenet: shorter side 256, center crop 224. "
         "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]"
     )
+    tokens: str | None = option(
+        None, "Tokens of a vision transformer that become features. [default: as its publisher pools them]",
+        choices=("cls", "mean", "cls+mean", "pooler", "patches"), flag="--tokens,--pooling",
+    )  # fmt: skip
+    layers: str | None = option(
+        None, "Blocks of a vision transformer whose tokens are concatenated. [default: the last]",
+        metavar="lastN|I,J,…",
+    )  # fmt: skip
     device: str = option(
         "auto", "auto, cpu, cuda:0, …; several share the work in one process each.", metavar="NAME[,NAME…]"
     )

@@ -26,7 +26,7 @@ class Option:
 
     help: str  # one sentence for ``--help``
     metavar: str = ""  # what the value looks like
-    flag: str = ""  # where it is not the field's name; ``--a/--no-a`` for what is on by default; ``-`` for no flag
+    flag: str = ""  # where it is not the field's name; ``--a/--no-a`` where on by default; ``--a,--b``; ``-`` for none
     result: bool = False  # whether a result depends on it: then a value that is not the default is part of a run's ID
     choices: tuple[str, ...] = ()  # all values there are
     least: float | None = None  # bounds of a number
@@ -52,7 +52,7 @@ def option_of(f: dataclasses.Field[Any]) -> Option:
 def flag_of(f: dataclasses.Field[Any]) -> str:
     """The command-line flag of a config's field, ``--no-`` form left out; its name where it has no flag."""
     flag = option_of(f).flag
-    return f.name if flag == "-" else (flag or f"--{f.name.replace('_', '-')}").split("/")[0]
+    return f.name if flag == "-" else (flag or f"--{f.name.replace('_', '-')}").partition("/")[0].partition(",")[0]
 
 
 @dataclass(frozen=True)

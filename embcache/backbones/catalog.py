@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embcache.backbones.weights import Published, check_digest, find_weights, locate_weights, timm_filename
@@ -57,6 +58,9 @@ class Backbone:
     crop_mode: str = "center"
     contaminated: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
+    library: str = ""  # that builds the network: "timm" or "transformers"
+    origin: str = field(default="", compare=False)  # where its files are: a repository or a folder
+    patches: int = 0  # tokens of a row (T, D), for features of patches
     transform: Transform | None = None
 
     @classmethod
@@ -95,6 +99,11 @@ class Backbone:
             parameters=sum(parameter.numel() for parameter in module.parameters()), module=module, transform=transform,
             **{**known, **more},
         )  # fmt: skip
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of an image's features: (D,), or (T, D) of patches."""
+        return (self.patches, self.dim) if self.patches else (self.dim,)
 
     @property
     def pretrained(self) -> bool:
@@ -164,12 +173,13 @@ backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}
 """Names of backbones: the rows above, those of installed packages, and those registered in this process."""
 
 
-def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
+def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | None = None) -> Backbone:
     """Look a backbone up by name.
 
     ``name`` is a registered name, ``random:SEED`` (``random:0`` is ``random``), ``timm:NAME``,
-    ``timm:hf-hub:ORG/NAME``, ``package.module:function`` with a function that returns a `Backbone`, or a `Backbone`,
-    which is returned as it is. With ``imports`` False no code is imported: for a name that only a file gives.
+    ``timm:hf-hub:ORG/NAME``, ``hf:ORG/NAME`` or ``hf:FOLDER``, ``package.module:function`` with a function that returns
+    a `Backbone`, or a `Backbone`, which is returned as it is. With ``imports`` False no code is imported: for a name
+    that only a file gives. ``folder`` has the files of a model of transformers.
 
     Raises
     ------
@@ -184,6 +194,10 @@ def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
         from embcache.backbones.timm_models import describe_timm
 
         return Backbone(**describe_timm(name))
+    if name.startswith("hf:"):
+        from embcache.backbones.hf_models import describe_hf
+
+        return Backbone(**describe_hf(name, folder))
     if name.startswith("random:"):
         digits = name.removeprefix("random:")
         if not (digits.isascii() and digits.isdigit() and int(digits) < 2**63):
@@ -209,6 +223,24 @@ def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
             found=type(made).__name__, where=name,
         )  # fmt: skip
     return replace(made, name=name)
+
+
+def repool(spec: Backbone, tokens: str | None, layers: str | None, folder: Path | None = None) -> Backbone:
+    """The backbone with the tokens and layers that a user names (`embcache.backbones.pooling`); without, as it is."""
+    if tokens is None and layers is None:
+        return spec
+    if spec.library == "transformers":
+        from embcache.backbones.hf_models import repool_hf
+
+        return replace(spec, **repool_hf(spec, tokens, layers, folder))
+    if spec.library == "timm":
+        from embcache.backbones.timm_models import repool_timm
+
+        return replace(spec, **repool_timm(spec, tokens, layers))
+    raise UsageError(
+        f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=f"pooling {spec.pooling}",
+        expected="a vision transformer, as timm:NAME or hf:NAME", fix="leave out --tokens and --layers",
+    )  # fmt: skip
 
 
 def load_backbone(
@@ -246,7 +278,7 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
-    spec = find_backbone(name, imports=imports)
+    spec = find_backbone(name, imports=imports, folder=None if weights is None else Path(weights))
     if not spec.pretrained:
         if weights is not None:
             raise UsageError(
@@ -258,7 +290,11 @@ def load_backbone(
             return _freeze(spec, own, checkpoints.hash_state(own), "a module of your own")
         module = networks.resnet50(seed=spec.seed or 0)
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
-    if spec.pooling == "timm":
+    if spec.library == "transformers":
+        from embcache.backbones.hf_models import load_hf
+
+        return _freeze(spec, *load_hf(spec, weights, image_size))
+    if spec.library == "timm":
         from embcache.backbones.timm_models import load_timm
 
         return _freeze(spec, *load_timm(spec, weights, home, image_size, allow_download))

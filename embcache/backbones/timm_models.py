@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import logging
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +20,15 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data.config import resolve_model_data_config
 from timm.layers.mlp import SwiGLUPacked
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
+from embcache.backbones.hub import reaching_hub
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens
 from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
@@ -83,6 +83,7 @@ def describe_timm(name: str) -> Mapping[str, Any]:
             "license": str(config.get("license") or "see its model card"),
             "patch": int(max(patch) if isinstance(patch, tuple) else patch),
             "pooling": "timm",
+            "library": "timm",
             "mean": tuple(map(float, data["mean"])),
             "std": tuple(map(float, data["std"])),
             "interpolation": str(data["interpolation"]),
@@ -128,7 +129,47 @@ def load_timm(
     module, chosen = _fill(spec, checkpoint.state, path)
     if image_size is not None and image_size != spec.input_size:
         _resize(module, spec, image_size)
+    if spec.pooling != "timm":
+        module = TokenPooling(module, Pooling.parse(spec.pooling))
     return module, checkpoint.sha256, path.name + origin, chosen if weights is not None else ""
+
+
+class TokenPooling(nn.Module):
+    """A transformer of timm whose tokens are pooled here: (B, 3, H, W) to (B, D), or (B, T, D) of patches."""
+
+    def __init__(self, model: nn.Module, pooling: Pooling) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.pooling = pooling
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images; every layer passes the final norm."""
+        layers = list(self.pooling.layers) or 1
+        found = self.model.forward_intermediates(
+            images, indices=layers, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
+        states = [torch.cat([prefix, patches], dim=1) for patches, prefix in found]
+        return pool_tokens(states, self.pooling.tokens, self.model.num_prefix_tokens)
+
+
+def repool_timm(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
+    """The fields that change where a user names tokens or layers."""
+    model = _skeleton(spec.timm, dict(spec.timm_arguments))
+    blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)  # of some of its models
+    if blocks is None or prefix is None or not callable(getattr(model, "forward_intermediates", None)):
+        raise UsageError(
+            f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=type(model).__name__,
+            expected="a vision transformer", fix="leave out --tokens and --layers",
+        )  # fmt: skip
+    pooling = choose_pooling(spec.name, tokens or ("cls" if prefix else "mean"), layers, len(blocks))
+    if pooling.tokens == "pooler" or (not prefix and "cls" in pooling.tokens):
+        raise UsageError(
+            f"{spec.name} has no such token", code="no-such-token", found=f"--tokens {tokens}",
+            expected="mean or patches" + (", cls or cls+mean" if prefix else ""), fix="--tokens mean",
+        )  # fmt: skip
+    height, width = spec.input_size
+    patches = (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
+    return {"pooling": str(pooling), "dim": pooling.width(int(model.embed_dim)), "patches": patches}
 
 
 def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
@@ -271,51 +312,11 @@ def _candidates(filename: str | None) -> Sequence[str]:
     return (known.get(named, named.removesuffix(".bin") + ".safetensors"), named)
 
 
-@contextlib.contextmanager
-def _hub(model_name: str, file: str, filename: str = "", folder: Path | None = None) -> Iterator[None]:
-    """Turn the hub's failures to give a file into one message, and keep its log of retries off the terminal."""
-    _reach_hub(model_name, file, filename, folder)
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    page = f"https://huggingface.co/{_repository(model_name)}"
-    try:
-        yield
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{model_name} is gated: its authors ask you to accept their terms", code="weights-gated", where=page,
-            found="a refusal from the hub", fix=f"accept the terms at {page}, then type: hf auth login",
-        ) from error  # fmt: skip
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"the hub has no model {_repository(model_name)!r}, or it is private", code="unknown-backbone",
-            found="not found", where=page, fix="check the name; for a private model type: hf auth login",
-        ) from error  # fmt: skip
-    except (OSError, EntryNotFoundError) as error:
-        raise _unavailable(model_name, str(error).partition("\n")[0], filename, folder) from error
-    finally:
-        logger.setLevel(before)
-
-
-def _reach_hub(model_name: str, file: str, filename: str, folder: Path | None) -> None:
-    """Raise at once, not after a minute of retries, if there is no network and the hub's cache lacks the file."""
-    repository, _, revision = _repository(model_name).partition("@")
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-    except ValueError as error:
-        raise UsageError(
-            f"{repository!r} is not the name of a model on the hub", code="unknown-backbone", expected="ORG/NAME",
-            found=repository, fix="embcache extract --backbone timm:hf-hub:ORG/NAME …",
-        ) from error  # fmt: skip
-    if cached is not None or hub_constants.HF_HUB_OFFLINE:  # a path, or the mark of a file known to be absent
-        return
-    request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "embcache"})
-    try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # an answer of any kind means a network
-    except OSError as error:
-        raise _unavailable(model_name, str(getattr(error, "reason", error)), filename, folder) from error
+def _hub(model_name: str, file: str, filename: str = "", folder: Path | None = None) -> AbstractContextManager[None]:
+    """The hub's failures to give a file of a model as one message."""
+    return reaching_hub(
+        model_name, _repository(model_name), file, lambda reason: _unavailable(model_name, reason, filename, folder)
+    )
 
 
 def _repository(model_name: str) -> str:

@@ -117,7 +117,7 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
     """Choose the transform of a dataset's images, given their sizes (width, height), for a backbone."""
     if kind is None and backbone.transform is not None:
         return backbone.transform
-    own = backbone.pooling == "timm"
+    own = backbone.library == "timm"
     kind = kind or ("model" if own else "paper")
     check_choice("--transform", kind, KINDS)
     if kind == "model":

@@ -202,7 +202,7 @@ def _options(config: type[Config], choice: Skip) -> list[inspect.Parameter]:
             vars(base)["heading"] for base in config.__mro__ if f.name in vars(base).get("__annotations__", {})
         )
         flag = known.flag or flag_of(f)
-        shown = typer.Option(flag, metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
+        shown = typer.Option(*flag.split(","), metavar=known.metavar or None, help=known.help, rich_help_panel=heading)
         options.append(_parameter(f.name, Annotated[annotation, shown], default))
     return options
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import embcache
-from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
+from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
+from embcache.backbones.pooling import Pooling
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.backbones.weights import weights_by_name
 from embcache.config import ExtractConfig
@@ -136,7 +137,8 @@ def extract(
         cached = _cached_pixels(networks, owed, dataset, files)
         engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=torch.get_num_threads())
         helpers = others if any(each.plan.shards for each in owed) else []
-        crew = Crew(helpers, dataset, [network.backbone.spec.name for network in networks], home, stop)
+        names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
+        crew = Crew(helpers, dataset, names, home, stop)
         with files.learning(), crew, closing(engine.shards()) as shards:
             for shard in shards:
                 run = partial(
@@ -169,13 +171,12 @@ def open_networks(
     home: PathLike | None = None,
 ) -> list[FrozenNetwork]:
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
-    specs = [find_backbone(backbone) for backbone in backbones]
+    specs = [repool(find_backbone(backbone), config.tokens, config.layers) for backbone in backbones]
     weights = weights_by_name([spec.name for spec in specs], config.weights)
     device, networks = split_devices(config.device)[0], []
-    for given, spec in zip(backbones, specs, strict=True):
+    for spec in specs:
         transform = choose_transform(spec, config.transform, files.sizes)
-        what = spec if spec.module is not None else given  # a module is built once
-        loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
+        loaded = load_backbone(spec, weights=weights.get(spec.name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
         networks.append(freeze(loaded, transform, device, config.precision, *views))
         if dataset.layout in loaded.spec.contaminated:
@@ -310,9 +311,11 @@ def recipe_network(
 ) -> FrozenNetwork:
     """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
     transform = recipe_transform(recipe)
-    loaded = load_backbone(
-        recipe.backbone, weights=weights, home=home, image_size=transform.size, imports=imports
-    )  # fmt: skip
+    spec = find_backbone(recipe.backbone, imports=imports, folder=None if weights is None else Path(weights))
+    if spec.library and recipe.pooling != spec.pooling:
+        pooling = Pooling.parse(recipe.pooling)
+        spec = repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
+    loaded = load_backbone(spec, weights=weights, home=home, image_size=transform.size)
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 
 

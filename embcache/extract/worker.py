@@ -228,9 +228,9 @@ class FrozenNetwork:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of an image's features: (D,), or (V, D) with more than one view."""
-        dim = self.backbone.spec.dim
-        return (dim,) if self.views == 1 else (self.views, dim)
+        """Shape of an image's features: (D,), (T, D) of patches, or (V, D) with more than one view."""
+        row = self.backbone.spec.row_shape
+        return row if self.views == 1 else (self.views, *row)
 
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features, float32 (B, D), of a uint8 batch (B, H, W, 3)."""
@@ -260,6 +260,11 @@ def freeze(
     target = pick_device(device)
     check_choice("--feature-dtype", dtype, DTYPES)
     check_choice("--precision", precision, PRECISIONS)
+    if backbone.spec.patches and views > 1:
+        raise UsageError(
+            "features of patches have one view", code="patches-views", found=f"--views {views}",
+            fix="leave out --views, or --tokens mean",
+        )  # fmt: skip
     if precision == "tf32" and target.type != "cuda":
         raise UsageError(
             "TF32 exists on CUDA devices only", code="precision-device", found=str(target),
@@ -374,7 +379,7 @@ def compute_shard(
     wanted = [network.image_views for network in networks]
     distinct = list(dict.fromkeys(wanted))
     firsts = dict(zip(distinct, accumulate((views.number for views in distinct), initial=0), strict=False))
-    features = [np.zeros((len(sources), net.views, net.backbone.spec.dim), np.float32) for net in networks]
+    features = [np.zeros((len(sources), net.views, *net.backbone.spec.row_shape), np.float32) for net in networks]
     digests: list[str] = []
     reasons: list[str] = []
     sender, receiver = Sender(networks[0].device), Receiver()

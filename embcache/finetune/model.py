@@ -112,7 +112,7 @@ def assemble(
 
 def empty_backbone(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """A backbone's network for images of this height and width, its weights still to be filled."""
-    return build_timm(spec, image_size) if spec.pooling == "timm" else build_network(spec.network)
+    return build_timm(spec, image_size) if spec.library == "timm" else build_network(spec.network)
 
 
 @dataclass(frozen=True, eq=False)

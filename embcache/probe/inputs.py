@@ -56,6 +56,7 @@ def cached_backbones(dataset: str, home: PathLike | None = None, views: int | No
         store.recipe.backbone
         for store in list_stores(home, dataset)
         if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2))
+        and not store.holds_patches
     })  # fmt: skip
 
 
@@ -85,10 +86,11 @@ def open_stores(
     several = views if views > 1 else None
     stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), several) for backbone in wanted}
     for backbone, store in stores.items():
-        if len(store.row_shape) not in (1, 2):
+        if len(store.row_shape) not in (1, 2) or store.holds_patches:
             raise UsageError(
                 f"the store of {backbone} does not hold vectors", code="not-vectors",
                 found=f"rows of shape {store.row_shape}", where=store.path,
+                fix=f"embcache extract --backbone {backbone} --tokens mean …, one vector per image",
             )  # fmt: skip
     return stores
 

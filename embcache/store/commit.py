@@ -47,6 +47,8 @@ def create_store(
     shape, sizes = tuple(map(int, row_shape)), (int(rows_per_shard), int(batch_size), int(threads))
     header = StoreHeader(recipe, format or "zarr", shape, *sizes, dict(provenance or {}))
     store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
+    if recipe.nameless:  # it may have been made under another name
+        store = min(Path(dataset_dir).glob(f"*-{recipe.fingerprint[:12]}"), default=store)
     with disk.writing(store):
         if not store.is_dir():
             disk.make_folder(store.parent)
@@ -69,7 +71,7 @@ def create_store(
         for number in reading.committed_numbers(store) if any((store / "staging").iterdir()) else ():
             disk.remove_leftovers(store / "staging", *_staged_prefixes(store, number))
     there = reading.read_header(store)
-    if there.recipe != recipe or there.row_shape != header.row_shape:
+    if there.recipe.fingerprint != recipe.fingerprint or there.row_shape != header.row_shape:
         raise StoreError(
             "the existing store holds something else", code="store-mismatch",
             expected=f"rows of shape {header.row_shape}, recipe {recipe.fingerprint}",

@@ -212,7 +212,12 @@ class FeatureStore:
     @property
     def views(self) -> int:
         """Views of an image in one row: 1 for rows (D,), V for rows (V, D) of which the first is the plain image."""
-        return self.row_shape[0] if len(self.row_shape) == 2 else 1
+        return self.row_shape[0] if len(self.row_shape) == 2 and not self.holds_patches else 1
+
+    @property
+    def holds_patches(self) -> bool:
+        """Whether a row is (T, D), one vector per patch."""
+        return self.recipe.pooling.startswith("patches")
 
     @property
     def dataset(self) -> str:
@@ -426,7 +431,7 @@ def open_store(
     folders = [path for path in store_folders(home, name) if not _named(path, PIXELS)]
     stores = [FeatureStore(path) for path in folders if _named(path, backbone)]
     fitting = [s for s in stores if s.recipe.fingerprint.startswith(recipe or "")]
-    plain = [s for s in fitting if s.views == 1]
+    plain = [s for s in fitting if s.views == 1 and not s.holds_patches]
     matching = (plain or fitting) if views is None else [s for s in fitting if s.views == views]
     if not matching:
         wanted = f" with {views} view{'s' if views > 1 else ''}" if views is not None else ""

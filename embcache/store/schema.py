@@ -87,8 +87,19 @@ class Recipe:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256, 64 hex digits, of the recipe's canonical JSON."""
-        return hashlib.sha256(canonical_json(self.to_json()).encode("utf-8")).hexdigest()
+        """Sha256, 64 hex digits, of the recipe's canonical JSON.
+
+        Networks whose names say where they lie (a folder, a repository, a mirror) count by their digests alone.
+        """
+        data = self.to_json()
+        if self.nameless:
+            del data["backbone"]
+        return hashlib.sha256(canonical_json(data).encode("utf-8")).hexdigest()
+
+    @property
+    def nameless(self) -> bool:
+        """Whether the backbone's name is not part of the fingerprint."""
+        return self.architecture.startswith(("transformers ", "open_clip ", "onnx "))
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name."""

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embcache.backbones import timm_models
+from embcache.backbones import hub, timm_models
 from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
 from embcache.backbones.networks import rename_efficientnet
 from embcache.backbones.timm_models import describe_timm
@@ -238,7 +238,7 @@ def test_a_refusal_by_the_hub_says_what_to_do(
         raise failure
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(hub, "reach_hub", lambda *args: None)
     with pytest.raises(kind, match=advice) as error:
         find_backbone("timm:hf-hub:MahmoodLab/UNI")
     assert "https://huggingface.co/MahmoodLab/UNI" in str(error.value)
@@ -247,7 +247,7 @@ def test_a_refusal_by_the_hub_says_what_to_do(
 def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(hub, "reach_hub", lambda *args: None)
     assert find_backbone("timm:hf-hub:microsoft/rad-dino").contaminated == ("nih",)
     assert find_backbone("timm:hf-hub:someone/vit").contaminated == ()
     assert all(spec.contaminated == () for spec in BACKBONES.values())
@@ -256,7 +256,7 @@ def test_pretraining_on_a_datasets_images_is_known(monkeypatch: pytest.MonkeyPat
 def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create("vit_tiny_patch16_224", **more))
-    monkeypatch.setattr(timm_models, "_reach_hub", lambda *args: None)
+    monkeypatch.setattr(hub, "reach_hub", lambda *args: None)
     with_scales = find_backbone("timm:hf-hub:MahmoodLab/UNI")
     plain = find_backbone("timm:hf-hub:someone/other-vit")
     assert with_scales.parameters == plain.parameters + 12 * 2 * 192  # LayerScale in every block

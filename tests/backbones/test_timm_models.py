@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hub"
     monkeypatch.setattr(timm_models.hub_constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(timm_models.hub_constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(timm_models.urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **more: pytest.fail("asked the network"))
     return folder
 
 

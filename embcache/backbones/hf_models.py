@@ -1,0 +1,312 @@
+"""Models of transformers as backbones: ``hf:ORG/NAME[@REVISION]`` and ``hf:FOLDER``.
+
+Only safetensors are read, no code of a repository is run, and a model is refused unless all its tensors come from its
+files. The image tower alone is used, pooled as its publisher does (`FAMILIES`) unless ``--pooling`` says otherwise. A
+recipe holds digests of tensors and of the configuration, not where they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from embcache.backbones.checkpoints import hash_state
+from embcache.backbones.hub import page_of, reaching_hub
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens
+from embcache.backbones.transforms import Transform
+from embcache.errors import UsageError, WeightsError
+from embcache.paths import PathLike, weights_dir
+from embcache.sealed import canonical_json
+
+if TYPE_CHECKING:
+    from embcache.backbones.catalog import Backbone
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the image towers of one architecture are used."""
+
+    pooling: str  # its publisher's
+    norm: str  # the final norm, which layers before the last pass too
+    class_token: bool = True
+    pooler: bool = True  # whether ``pooler_output`` is a trained feature
+    interpolates: bool = False  # takes images of any size without being told
+    arguments: tuple[tuple[str, Any], ...] = ()  # of from_pretrained
+
+
+# Read in transformers 5.24 (models/*/modeling_*.py) and on the publishers' cards.
+FAMILIES: Mapping[str, Family] = {
+    "dinov2": Family("cls", "layernorm", interpolates=True),
+    "dinov2_with_registers": Family("cls", "layernorm", interpolates=True),
+    "dinov3_vit": Family("cls", "norm", interpolates=True),
+    # Its last hidden state is not normed: the class token is that of the pooler.
+    "clip_vision_model": Family("pooler", "post_layernorm"),
+    "siglip_vision_model": Family("pooler", "post_layernorm", class_token=False),  # pools by attention
+    # Its pooler, a layer with tanh, is often not in the file.
+    "vit": Family("cls", "layernorm", pooler=False, arguments=(("add_pooling_layer", False),)),
+    "vit_mae": Family("cls", "layernorm", pooler=False),
+}
+_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models of images and texts
+# What names a file or a version rather than a network.
+_VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype")
+_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # of Pillow
+
+
+class ImageTower(nn.Module):
+    """An image tower and its pooling: normalized images (B, 3, H, W) to features (B, D), or (B, T, D) of patches."""
+
+    def __init__(self, model: nn.Module, family: Family, pooling: Pooling, prefix: int) -> None:
+        super().__init__()
+        self.model, self.family, self.pooling, self.prefix = model, family, pooling, prefix
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images."""
+        layers = self.pooling.layers
+        output = self.model(pixel_values=images, output_hidden_states=bool(layers), **self._noise(images))
+        if self.pooling.tokens == "pooler":
+            pooled: Tensor = output.pooler_output
+            return pooled
+        norm = self.model.get_submodule(self.family.norm)
+        if layers:
+            states = [norm(output.hidden_states[1 + layer]) for layer in layers]
+        else:
+            last = output.last_hidden_state
+            states = [norm(last) if self.family is FAMILIES["clip_vision_model"] else last]
+        return pool_tokens(states, self.pooling.tokens, self.prefix)
+
+    def _noise(self, images: Tensor) -> dict[str, Any]:
+        """ViTMAE masks patches by random numbers, also in eval mode: rising ones leave all of them in order."""
+        if self.family is not FAMILIES["vit_mae"]:
+            return self.arguments
+        side: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
+        number = (images.shape[2] // side) * (images.shape[3] // side)
+        return {"noise": torch.arange(number, device=images.device).expand(len(images), -1), **self.arguments}
+
+
+def describe_hf(name: str, folder: Path | None = None) -> Mapping[str, Any]:
+    """The fields of the `Backbone` of a model of transformers, by its own configuration; ``folder`` has its files."""
+    files = folder or _folder(name, _FILES)
+    transformers = _transformers()
+    with _refused(name):
+        config = transformers.AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "auto_map", None):  # of the file
+        raise UsageError(
+            f"{name} needs code of its repository, which is not run", code="remote-code", where=files / "config.json",
+            found="auto_map", expected="an architecture of transformers",
+            fix="load it in a function of your own: --backbone module:function",
+        )  # fmt: skip
+    tower = getattr(config, "vision_config", config)
+    sort = _TOWERS.get(config.model_type, config.model_type)
+    if sort not in FAMILIES:
+        raise UsageError(
+            f"{name} is of an architecture that embcache does not know", code="unknown-architecture",
+            found=config.model_type, expected=", ".join([*FAMILIES, *_TOWERS]),
+            fix="load it in a function of your own: --backbone module:function",
+        )  # fmt: skip
+    family, transform = FAMILIES[sort], _transform(name, transformers, files)
+    canonical = {key: value for key, value in tower.to_diff_dict().items() if key not in _VOLATILE}
+    digest = hashlib.sha256(canonical_json(canonical).encode()).hexdigest()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in transformers.AutoModel.from_config(tower).parameters())
+    return {
+        "name": _canonical(name),
+        "network": f"transformers {sort} {digest[:16]}",
+        "dim": Pooling(family.pooling).width(tower.hidden_size),
+        "parameters": parameters,
+        "source": _canonical(name).removeprefix("hf:"),
+        "license": "see its model card",
+        "patch": int(tower.patch_size),
+        "pooling": family.pooling,
+        "mean": transform.mean,
+        "std": transform.std,
+        "interpolation": transform.interpolation,
+        "input_size": transform.size,
+        "transform": transform,
+        "library": "transformers",
+        "origin": str(folder) if folder is not None else name.removeprefix("hf:"),
+    }
+
+
+def repool_hf(spec: Backbone, tokens: str | None, layers: str | None, folder: Path | None = None) -> Mapping[str, Any]:
+    """The fields that change where a user names tokens or layers."""
+    config = _tower_config(spec, folder)
+    family = _family(spec)
+    pooling = choose_pooling(spec.name, tokens or family.pooling, layers, config.num_hidden_layers)
+    if ("cls" in pooling.tokens and not family.class_token) or (pooling.tokens == "pooler" and not family.pooler):
+        raise UsageError(
+            f"{spec.name} has no such token", code="no-such-token", found=f"--tokens {tokens}",
+            expected="mean or patches" + (", cls or cls+mean" * family.class_token) + (", pooler" * family.pooler),
+            fix=f"--tokens {family.pooling}",
+        )  # fmt: skip
+    height, width = spec.input_size
+    patches = (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
+    return {"pooling": str(pooling), "dim": pooling.width(config.hidden_size), "patches": patches}
+
+
+def load_hf(
+    spec: Backbone, weights: PathLike | None, image_size: tuple[int, int] | None
+) -> tuple[nn.Module, str, str, str]:
+    """The image tower with its weights, the digest of its tensors, and where it came from."""
+    folder = Path(weights) if weights is not None else _folder(f"hf:{spec.origin}", (*_FILES, *_WEIGHTS))
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{spec.name} has no safetensors", code="weights-not-safetensors", where=folder,
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder",
+            expected="model.safetensors", fix="convert it: model.save_pretrained(FOLDER) writes safetensors",
+        )  # fmt: skip
+    transformers, family = _transformers(), _family(spec)
+    with _refused(spec.name):
+        model, found = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True, **dict(family.arguments),
+        )  # fmt: skip
+    tower = getattr(model, "vision_model", model)  # of a model of images and texts
+    prefix = "vision_model." if tower is not model else ""
+    absent = sorted(key for key in (*found["missing_keys"], *found["mismatched_keys"]) if str(key).startswith(prefix))
+    if absent:
+        raise WeightsError(
+            f"the weights of {spec.name} do not fit its network", code="weights-mismatch", where=folder,
+            found=f"{len(absent)} tensors are not in the file: {', '.join(map(str, absent[:3]))}",
+            expected="every tensor of the image tower",
+        )  # fmt: skip
+    if spec.network.startswith("transformers vit_mae"):
+        tower.config.mask_ratio = 0.0  # every patch, in the order that `ImageTower` sees to
+    registers = getattr(tower.config, "num_register_tokens", 0)
+    module = ImageTower(tower, family, Pooling.parse(spec.pooling), registers + family.class_token)
+    _check_size(spec, module, image_size or spec.input_size)
+    origin = folder.name if weights is not None or not _is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
+    return module, hash_state(tower), origin, ""
+
+
+def _check_size(spec: Backbone, module: ImageTower, size: tuple[int, int]) -> None:
+    """Try one image of this height and width; towers of one size interpolate their positions where they can."""
+    own: int = module.model.config.image_size  # type: ignore[union-attr, assignment]
+    if not module.family.interpolates and size != (own, own):
+        module.arguments = {"interpolate_pos_encoding": True}
+    try:
+        if any(side % spec.patch for side in size):
+            raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
+        with torch.inference_mode():
+            module.eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{spec.name} cannot take images of {size[1]}×{size[0]}", code="image-size",
+            found=str(error).partition("\n")[0], expected=f"{spec.input_size[1]}×{spec.input_size[0]}",
+            fix="embcache extract --transform model …",
+        ) from error  # fmt: skip
+
+
+def _transform(name: str, transformers: Any, folder: Path) -> Transform:
+    """The preprocessing of a model, from its processor's file, as a `Transform`."""
+    with _refused(name):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    pair = (size.get("height"), size.get("width"))
+    resize = pair if None not in pair else size.get("shortest_edge")
+    cropped = (crop.get("height"), crop.get("width")) if getattr(processor, "do_center_crop", None) else None
+    final = cropped or (resize if isinstance(resize, tuple) else None)
+    if not processor.do_resize or resize is None or final is None or getattr(processor, "do_pad", None):
+        raise UsageError(
+            f"the preprocessing of {name} is not one that embcache can make", code="unknown-preprocessing",
+            found=f"size {size}, crop {crop}", expected="a resize to one size, or of the shorter side with a crop",
+            where=folder / "preprocessor_config.json", fix="embcache extract --transform imagenet …",
+        )  # fmt: skip
+    # ((x · f) − mean) / std of pixels x is ((x / 255) − mean / s) / (std / s) with s = 255 · f.
+    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    means, stds = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0,) * 3, (1,) * 3)
+    mean, std = ([float(value) / scale for value in values] for values in (means, stds))
+    filter_, settled = _FILTERS[int(processor.resample)], {"resize": resize, "crop": cropped, "size": final}
+    return Transform.from_dict({"kind": "model", **settled, "interpolation": filter_, "mean": mean, "std": std})
+
+
+def _folder(name: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of a model's files: the one named, that in the weights folder, or the hub's, fetched if need be."""
+    text = name.removeprefix("hf:")
+    for path in (Path(text).expanduser(), weights_dir() / text):
+        if (path / "config.json").is_file():
+            return path
+    if not _is_repository(text):
+        raise WeightsError(
+            f"the model {name} is not here", code="weights-not-found", found="no folder with a config.json",
+            where=weights_dir() / text, expected="hf:ORG/NAME, hf:FOLDER, or a folder in the weights folder",
+            fix=f"--weights {name}=FOLDER",
+        )  # fmt: skip
+    repository, _, revision = text.partition("@")
+
+    def unavailable(reason: str) -> WeightsError:
+        return WeightsError(
+            f"{name} cannot be fetched", code="download-failed", found=reason, where=str(hub_constants.HF_HUB_CACHE),
+            expected=page_of(text),
+            fix=f"on a machine with a network: hf download {repository}\nthen name its folder: hf:FOLDER",
+        )  # fmt: skip
+
+    with reaching_hub(name, text, "config.json", unavailable):
+        try:
+            found = huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(patterns)
+            )
+        except LocalEntryNotFoundError as error:
+            raise unavailable(str(error).partition("\n")[0]) from error
+    return Path(found)
+
+
+def _is_repository(text: str) -> bool:
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def _canonical(name: str) -> str:
+    """The name of a store: no path and no revision, which do not change what is computed."""
+    text = name.removeprefix("hf:")
+    folder = Path(text).expanduser()
+    return "hf:" + (folder.resolve().name if (folder / "config.json").is_file() else text.partition("@")[0])
+
+
+def _family(spec: Backbone) -> Family:
+    return FAMILIES[spec.network.split()[1]]
+
+
+def _tower_config(spec: Backbone, folder: Path | None) -> Any:
+    files = folder or _folder(f"hf:{spec.origin}", _FILES)
+    config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    return getattr(config, "vision_config", config)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise UsageError(
+            "backbones hf:… need transformers",
+            code="library-missing",
+            found=str(error),
+            fix="pip install 'embcache[hf]'",
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """What transformers refuses as one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"transformers cannot load {name}", code="transformers-refuses",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+            expected="config.json, preprocessor_config.json and model.safetensors of one of its architectures",
+        ) from error  # fmt: skip

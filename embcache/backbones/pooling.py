@@ -1,0 +1,67 @@
+"""How the tokens of a vision transformer become features: which tokens, of which layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embcache.errors import UsageError, check_choice
+
+TOKENS = ("cls", "mean", "cls+mean", "pooler", "patches")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Tokens of layers, as a recipe writes it: ``cls``, ``cls+mean@8,9,10,11``."""
+
+    tokens: str  # class token, mean of the patches, both, what the model's own pooler makes, or all patches
+    layers: tuple[int, ...] = ()  # numbers of blocks from 0, ascending; none for the output of the last
+
+    def __str__(self) -> str:
+        return self.tokens + ("@" + ",".join(map(str, self.layers)) if self.layers else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Pooling:
+        """The inverse of `str`."""
+        tokens, _, layers = text.partition("@")
+        return cls(tokens, tuple(int(layer) for layer in layers.split(",") if layer))
+
+    def width(self, dim: int) -> int:
+        """Length of a feature vector, or of a patch's, of tokens of length ``dim``."""
+        return dim * (2 if self.tokens == "cls+mean" else 1) * max(1, len(self.layers))
+
+
+def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Pooling:
+    """The pooling that a user names, of a model of ``depth`` blocks; ``layers`` is ``last4`` or ``2,5,8,11``."""
+    check_choice("--tokens", tokens, TOKENS)
+    numbers: tuple[int, ...] = ()
+    if layers is not None:
+        last = re.fullmatch(r"last([1-9][0-9]?)", layers)
+        if last:
+            numbers = tuple(range(depth - int(last[1]), depth))
+        elif re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*", layers):
+            numbers = tuple(sorted({int(number) for number in layers.split(",")}))
+        if not numbers or numbers[0] < 0 or numbers[-1] >= depth:
+            raise UsageError(
+                f"{name} does not have these layers", code="unknown-layers", found=layers, where="--layers",
+                expected=f"last1 to last{depth}, or numbers of blocks from 0 to {depth - 1}", fix="--layers last4",
+            )  # fmt: skip
+        if tokens == "pooler":
+            raise UsageError(
+                "the pooler takes the last layer only", code="pooler-layers",
+                found=f"--tokens pooler --layers {layers}", fix="--tokens cls, mean or cls+mean",
+            )  # fmt: skip
+    return Pooling(tokens, numbers if numbers != (depth - 1,) else ())
+
+
+def pool_tokens(states: Sequence[Tensor], tokens: str, prefix: int) -> Tensor:
+    """Features (B, D), or (B, T, D) of patches, of the layers' tokens, (B, ``prefix`` + T, d) each."""
+    pooled = []
+    for state in states:
+        parts = {"cls": state[:, 0], "mean": state[:, prefix:].mean(1)} if tokens != "patches" else {}
+        pooled += [parts[part] for part in tokens.split("+")] if parts else [state[:, prefix:]]
+    return torch.cat(pooled, dim=-1)

@@ -1,0 +1,201 @@
+"""Models of transformers: features equal the library's own, from a folder as from a copy, and files decide nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from embcache.backbones.catalog import find_backbone, load_backbone, repool
+from embcache.backbones.transforms import normalize
+from embcache.config import ExtractConfig
+from embcache.data.dataset import load_dataset
+from embcache.errors import UsageError, WeightsError
+from embcache.extract.extract import extract_features, recipe_network
+from embcache.probe.probe import probe_features
+from embcache.store.feature_store import FeatureStore
+from tests.extract.conftest import draw
+from tests.refusal import refused
+
+tf: Any = pytest.importorskip("transformers", reason="an extra: pip install 'embcache[hf]'")
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+_WIDE = {**_SMALL, "intermediate_size": 64}
+_OF64 = {"image_size": 64, "patch_size": 16}
+_TEXT = {**_WIDE, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+_SQUARE = {"size": {"height": 64, "width": 64}}
+_CROPPED = {"size": {"shortest_edge": 70}, "crop_size": {"height": 56, "width": 56}}
+
+
+def make(family: str, folder: Path) -> Any:
+    """A tiny random model of a family and its processor, saved as its publisher would."""
+    torch.manual_seed(0)
+    configs = {
+        "dinov2": lambda: tf.Dinov2Config(**_SMALL, image_size=56, patch_size=14),
+        "dinov2_with_registers": lambda: tf.Dinov2WithRegistersConfig(**_SMALL, image_size=56, patch_size=14),
+        "dinov3": lambda: tf.DINOv3ViTConfig(**_WIDE, **_OF64, num_register_tokens=4),
+        "siglip": lambda: tf.SiglipConfig(vision_config={**_WIDE, **_OF64}, text_config=_TEXT),
+        "siglip_vision": lambda: tf.SiglipVisionConfig(**_WIDE, **_OF64),
+        "clip": lambda: tf.CLIPConfig(vision_config={**_WIDE, **_OF64}, text_config=_TEXT),
+        "vit_mae": lambda: tf.ViTMAEConfig(**_WIDE, **_OF64),
+        "vit": lambda: tf.ViTConfig(**_WIDE, **_OF64),
+    }
+    model = tf.AutoModel.from_config(configs[family]()).eval()
+    model.save_pretrained(folder)
+    processor = tf.BitImageProcessor(**_CROPPED) if family.startswith("dinov2") else tf.ViTImageProcessor(**_SQUARE)
+    processor.save_pretrained(folder)
+    return model
+
+
+def pixels_of(image: np.ndarray, name: str) -> torch.Tensor:
+    """The network's input, (1, 3, H, W), of an image."""
+    transform = find_backbone(name).transform
+    assert transform is not None
+    return normalize(torch.from_numpy(transform.geometry(image).copy())[None], transform, torch.device("cpu"))
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+
+
+FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3", "siglip", "siglip_vision", "clip", "vit_mae", "vit")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_those_of_the_library(family: str, tmp_path: Path, image: np.ndarray) -> None:
+    model = make(family, tmp_path / family)
+    name = f"hf:{tmp_path / family}"
+    loaded = load_backbone(name)
+    x = pixels_of(image, name)
+    more: dict[str, Any] = {}
+    if family == "vit_mae":
+        model.config.mask_ratio = 0.0
+        more = {"noise": torch.arange(16)[None]}
+    with torch.inference_mode():
+        output = getattr(model, "vision_model", model)(pixel_values=x, **more)
+        pooled = family.startswith(("siglip", "clip"))
+        expected = output.pooler_output if pooled else output.last_hidden_state[:, 0]
+        assert torch.equal(loaded.module(x), expected)
+        assert torch.equal(loaded.module(x), loaded.module(x))  # ViTMAE masks at random unless told otherwise
+    assert loaded.spec.dim == expected.shape[1] == 32
+    processor = tf.AutoImageProcessor.from_pretrained(tmp_path / family)
+    theirs = processor(images=Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    assert theirs.shape == x.shape
+    assert (theirs - x).abs().max() < 0.02  # one of 255 levels: torchvision rounds where Pillow does not
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers", "siglip_vision", "clip"])
+def test_tokens_and_layers_are_hidden_states_after_the_norm(family: str, tmp_path: Path, image: np.ndarray) -> None:
+    model = make(family, tmp_path / family)
+    tower = getattr(model, "vision_model", model)
+    name = f"hf:{tmp_path / family}"
+    x, prefix = pixels_of(image, name), {"dinov2_with_registers": 5, "siglip_vision": 0}.get(family, 1)
+    norm = tower.layernorm if family.startswith("dinov2") else tower.post_layernorm
+    kept: list[torch.Tensor] = []
+    layers = tower.get_submodule("encoder.layer" if family.startswith("dinov2") else "encoder.layers")
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, _i, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    with torch.inference_mode():
+        tower(pixel_values=x)
+        states = [norm(state) for state in kept]
+        mean = torch.cat([state[:, prefix:].mean(1) for state in states[-2:]], 1)
+        spec = repool(find_backbone(name), "mean", "last2")
+        assert (spec.dim, spec.pooling) == (64, "mean@2,3")
+        torch.testing.assert_close(load_backbone(spec).module(x), mean, rtol=1e-5, atol=1e-6)
+        patches = repool(find_backbone(name), "patches", None)
+        assert patches.row_shape == (16, 32)
+        torch.testing.assert_close(load_backbone(patches).module(x), states[-1][:, prefix:], rtol=1e-5, atol=1e-6)
+    if not prefix:
+        with refused(UsageError, "no-such-token"):
+            repool(find_backbone(name), "cls+mean", None)
+    else:
+        both = repool(find_backbone(name), "cls+mean", "0,3")
+        with torch.inference_mode():
+            parts = [p for s in (states[0], states[3]) for p in (s[:, 0], s[:, prefix:].mean(1))]
+            torch.testing.assert_close(load_backbone(both).module(x), torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
+    with refused(UsageError, "unknown-layers"):
+        repool(find_backbone(name), "mean", "last5")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for k in range(16):
+        draw(tmp_path / "images" / ("benign", "malignant")[k % 2] / f"{k}.png", k)
+    return tmp_path / "images"
+
+
+def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, home: Path, tmp_path: Path) -> None:
+    make("dinov2", tmp_path / "net")
+    shutil.copytree(tmp_path / "net", tmp_path / "elsewhere" / "mirror")
+    dataset = load_dataset("folder", images)
+    store = extract_features(f"hf:{tmp_path / 'net'}", dataset)
+    assert isinstance(store, FeatureStore)
+    again = extract_features(f"hf:{tmp_path / 'elsewhere' / 'mirror'}", dataset)
+    assert isinstance(again, FeatureStore)
+    assert (again.path, again.recipe.backbone) == (store.path, "hf:net")
+    assert str(tmp_path) not in (store.path / "recipe.json").read_text()
+    network = recipe_network(store.recipe, weights=tmp_path / "elsewhere" / "mirror")
+    assert network.backbone.weights_sha256 == store.recipe.weights_sha256
+    with refused(WeightsError, "weights-not-found"):
+        recipe_network(store.recipe)
+    patches = extract_features(f"hf:{tmp_path / 'net'}", dataset, config=ExtractConfig(tokens="patches"))
+    assert isinstance(patches, FeatureStore)
+    assert (patches.row_shape, patches.views) == ((16, 32), 1)
+    with refused(UsageError, "not-vectors"):
+        probe_features(dataset, ["hf:net"], subset="F", folds=2, recipe=patches.recipe.fingerprint[:12])
+
+
+def test_what_cannot_be_used_is_one_message(tmp_path: Path, home: Path, images: Path) -> None:
+    make("dinov2", tmp_path / "net")
+    path = tmp_path / "net" / "config.json"
+    config = json.loads(path.read_text())
+
+    def changed(name: str, **fields: Any) -> str:
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "net", folder)
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return f"hf:{folder}"
+
+    with refused(UsageError, "remote-code"):
+        find_backbone(changed("code", auto_map={"AutoModel": "modeling.Own"}))
+    with refused(UsageError, "unknown-architecture"):
+        find_backbone(changed("bert", model_type="bert"))
+    with refused(WeightsError, "transformers-refuses"):
+        find_backbone(changed("nothing", model_type="no-such-model"))
+    with refused(WeightsError, "weights-mismatch"):
+        load_backbone(changed("deeper", num_hidden_layers=6))
+    (tmp_path / "code" / "model.safetensors").rename(tmp_path / "code" / "pytorch_model.bin")
+    (tmp_path / "code" / "config.json").write_text(json.dumps(config))
+    with refused(WeightsError, "weights-not-safetensors"):
+        load_backbone(f"hf:{tmp_path / 'code'}")
+    with refused(WeightsError, "weights-not-found"):
+        find_backbone("hf:nowhere")
+    with refused(UsageError, "image-size"):
+        load_backbone(f"hf:{tmp_path / 'net'}", image_size=(57, 57))
+    with refused(UsageError, "no-tokens"):
+        extract_features("random", load_dataset("folder", images), tokens="mean")
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit", "timm:vit_small_patch14_reg4_dinov2"])
+def test_tokens_of_timm_are_those_of_forward_features(name: str) -> None:
+    import timm
+
+    from embcache.backbones.pooling import Pooling
+    from embcache.backbones.timm_models import TokenPooling
+
+    torch.manual_seed(0)
+    model = timm.create_model(name.removeprefix("timm:"), num_classes=0, img_size=56, dynamic_img_size=False).eval()
+    x = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        tokens = model.forward_features(x)
+        prefix = model.num_prefix_tokens
+        expected = torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], 1)
+        torch.testing.assert_close(TokenPooling(model, Pooling("cls+mean"))(x), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(TokenPooling(model, Pooling("patches"))(x), tokens[:, prefix:])
