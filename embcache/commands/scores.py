@@ -313,7 +313,7 @@ def compare(
 
     def show() -> None:
         headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
-        headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
+        headers += ["difference", "its 95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
         lines = []
         for row in rows:
             name, d = metric_title(row.metric, row.estimate.positive), row.difference
@@ -380,7 +380,7 @@ def subgroups(
     def show() -> None:
         compared = any(row.difference is not None for row in rows)
         headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
-        headers += ["difference", "95 % interval", "p (Holm)"] if compared else []
+        headers += ["difference", "its 95 % interval", "p (Holm)"] if compared else []
         lines = []
         for row in rows:
             score = f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std)

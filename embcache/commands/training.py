@@ -54,8 +54,12 @@ def probe(
 
     found = []
     with ProgressBar("epoch") as bar:
-        for each in configs:
-            found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
+        try:
+            for each in configs:
+                found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
+        except (KeyboardInterrupt, SystemExit):
+            echo("\nstopped: finished results are saved; the same command computes only the others", err=True)
+            raise
     return _answer(in_metrics(found, metric, home))
 
 
@@ -170,7 +174,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
     dataset: OneDataset,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: Annotated[DatasetRef, Skip("target", "name")],
 ) -> None:
     """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 

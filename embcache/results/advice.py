@@ -325,7 +325,12 @@ def _in_brackets(name: str) -> str:
 def _namer(names: Iterable[str]) -> Namer:
     """Models are called by their backbones alone where nothing else sets them apart."""
     alone = len({name.partition(", ")[2] for name in names}) == 1
-    return (lambda name: name.partition(", ")[0]) if alone else _in_brackets
+    return (lambda name: _backbone(name.partition(", ")[0])) if alone else _in_brackets
+
+
+def _backbone(name: str) -> str:
+    """A backbone in a sentence, in which ``random`` alone reads as chance."""
+    return f"the backbone {name}" if name.partition(":")[0] == "random" else name
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
