@@ -24,6 +24,7 @@ from embcache.fields import (
 
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+LEAST_RATE = 1e-30
 RECIPE = "First digits of the store's fingerprint, where several recipes are cached."
 
 
@@ -221,7 +222,7 @@ class ProbeConfig(ProtocolConfig):
     )  # fmt: skip
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
-        metavar="RATE[,RATE…]", result=True, parse=parse_numbers,
+        metavar="RATE[,RATE…]", result=True, least=LEAST_RATE, parse=parse_numbers,
     )  # fmt: skip
     repeats: int = option(
         1, "Repeat everything R times with seeds N, N + 1, …", metavar="R", result=True, least=1, most=MOST_REPEATS
@@ -241,7 +242,7 @@ class ProbeConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention is not None and self.head != "dvme":
+        if self.attention is not None and "dvme" not in split_list(self.head):
             raise UsageError(
                 "--attention is for the head dvme", code="option-of-another-head", found=f"--head {self.head}",
                 fix="--head dvme, or leave --attention out",
@@ -251,12 +252,6 @@ class ProbeConfig(ProtocolConfig):
                 "attention is given twice", code="repeated-option", expected="each name once",
                 found="--attention and --head-option attention=…", fix="leave --head-option attention=… out",
             )  # fmt: skip
-        for rate in self.lr:
-            if rate <= 0:
-                raise UsageError(
-                    "the learning rate must be a positive number", code="option-bounds", found=f"{rate:g}",
-                    where="--lr", fix="--lr 1e-3",
-                )  # fmt: skip
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -282,7 +277,7 @@ class FinetuneConfig(ProtocolConfig):
     precision: str = option(
         "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
     )
-    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=1e-12)
+    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=LEAST_RATE)
     batch_size: int | None = option(None, "Images per step. [default: 64; with dino 16]", least=1, most=1 << 16)
     accumulate: int = option(
         1, "Number of parts in which a batch is computed, to save memory.", result=True, least=1, most=1 << 16
@@ -418,7 +413,7 @@ class StudyConfig(ProtocolConfig):
     )
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold of a probe keeps the best on validation. [default: 1e-3]",
-        metavar="RATE[,RATE…]", parse=parse_numbers,
+        metavar="RATE[,RATE…]", least=LEAST_RATE, parse=parse_numbers,
     )  # fmt: skip
     max_epochs: int = option(50, "Maximum number of epochs of finetuning.", least=1, most=100_000)
     recipe: str | None = _recipe()

@@ -187,9 +187,13 @@ def _check(f: dataclasses.Field[Any], value: Any, hint: Any) -> None:
             low = -math.inf if known.least is None else known.least
             high = math.inf if known.most is None else known.most
             if not (math.isfinite(each) and low <= each <= high):
+                ends = [f"{word} {end:,}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+                end = low if each < low else high if each > high else None
+                advised = end if isinstance(end, int) else f.default  # which may be no number
                 raise UsageError(
-                    f"{flag} is out of bounds", code="option-bounds", expected=f"{low:,} to {high:,}",
-                    found=str(each)[:40], where=flag, fix=f"{flag} {low if each < low else high:g}",
+                    f"{flag} is out of bounds", code="option-bounds", expected=", ".join(ends) or "a finite number",
+                    found=str(each)[:40], where=flag,
+                    fix=f"{flag} {advised}" if isinstance(advised, int | float) else f"leave {flag} out",
                 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands.options import Answer, Skip, command
-from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig
+from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, MapConfig, ProbeConfig
 from embcache.errors import UsageError
 from embcache.fields import Config, option, parse_weights
 from tests.refusal import refused
@@ -52,6 +52,23 @@ def test_values_are_normalized() -> None:
 def test_bad_values_are_refused(kind: type[Config], options: dict[str, Any], code: str) -> None:
     with refused(UsageError, code):
         kind.make(None, options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fix"),
+    [
+        (ExtractConfig, {"rows_per_shard": 9_999_999}, "--rows-per-shard 1048576"),
+        (ProbeConfig, {"lr": float("nan")}, "leave --lr out"),
+        (ProbeConfig, {"lr": float("inf")}, "leave --lr out"),
+        (FinetuneConfig, {"lr": 0.0}, "leave --lr out"),
+        (MapConfig, {"perplexity": float("nan")}, "--perplexity 30.0"),
+    ],
+)
+def test_advice_on_a_value_out_of_bounds_is_a_valid_one(kind: type[Config], options: dict[str, Any], fix: str) -> None:
+    with refused(UsageError, "option-bounds") as caught:
+        kind.make(None, options)
+    assert caught.value.fix == fix
+    assert "inf" not in str(caught.value.expected)
 
 
 def test_options_are_typed_as_they_are_read() -> None:

@@ -196,8 +196,8 @@ def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
     if ":" in name and not imports:
         raise UsageError(
             f"the backbone {name} is code, which is not imported because a file names it", code="backbone-not-imported",
-            found=name, expected="a registered backbone, or the same name on the command line",
-            fix=(f"--trust {name}", f"--backbone {name}", "announce it as an entry point of embcache.backbones"),
+            found=name, expected="a registered backbone",
+            fix=(f"--trust {name}", f"--backbone {name}", "register it by an entry point of its package"),
         )  # fmt: skip
     if ":" not in name and name not in backbones:
         raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME")

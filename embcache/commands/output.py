@@ -166,6 +166,11 @@ def echo_notes(notes: Iterable[str]) -> None:
         echo(f"· {note}")
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 store``, ``2 stores``."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def size_words(number: int) -> str:
     """A number of bytes as people say it: ``12.3 MB``."""
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]

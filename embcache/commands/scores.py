@@ -232,7 +232,7 @@ def _print_scores(found: Described) -> None:
         for name, e in estimates.items():
             title = "" if name else metric_title(key, e.positive)
             first, second = bounds(e.these_models), bounds(e.new_model)
-            alone = "not known of one model" if e.why == "one model" else e.why
+            alone = "needs several models" if e.why == "one model" else e.why
             missing = [e.why, ""] if not first else [first, second or alone]
             rows.append([title, name or "mean of the models", spread(e.mean, e.std), *missing])
         if key == "accuracy" and found.result.majority is not None:
@@ -288,7 +288,7 @@ def _value(v: Value) -> str:
     return f"{v.value:.4f}" + (f" ({bounds(v.interval)})" if v.interval else "")
 
 
-Runs = Annotated[list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")]
+Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Run IDs; each can be abbreviated to a unique prefix.")]
 
 
 @command(table=True)

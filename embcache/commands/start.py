@@ -39,7 +39,7 @@ def demo(*, home: Path | None) -> None:
     test = int((outcome.dataset.table["split"] == "test").sum())
     echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
     print_table(*pivot_results(outcome.results), notes=[
-        "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
+        "the images are synthetic, drawn by embcache: a score says nothing about real tissue",
         "labels of each fold: training + validation",
     ])  # fmt: skip
     echo()
@@ -58,7 +58,7 @@ The backbones of the paper: embcache backbones        The datasets of the paper:
 def datasets(
     *,
     name: Annotated[
-        str | None, typer.Argument(help="Show this dataset in full: classes, groups, missing images.")
+        str | None, typer.Argument(metavar="NAME", help="Show this dataset in full: classes, groups, missing images.")
     ] = None,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
@@ -168,7 +168,7 @@ def _print_survey(dataset: ImageDataset) -> None:
 
     description, download = _description(dataset)
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
-    echo(f"{dataset.name}: {description}{' — synthetic' if dataset.synthetic else ''}")
+    echo(f"{dataset.name}: {description}")
     echo(f"in {dataset.root}; metric {dataset.metric}; training images {sizes}, F = all\n")
     survey, missing, notes = _survey(dataset), dataset.missing, list(dataset.notes)
     splits = survey["groups"]
@@ -192,9 +192,7 @@ def _print_survey(dataset: ImageDataset) -> None:
 @command(table=True)
 def backbones(
     *,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with all details.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these, with all details.")] = None,
     home: Path | None,
 ) -> Answer:
     """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
@@ -225,7 +223,7 @@ def backbones(
         }
         print_objects(chosen, columns, notes=(
             "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
-            "for details of one type: embcache backbones NAME",
+            "details: embcache backbones NAME",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
         ))  # fmt: skip
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import Answer, Skip, check_named, check_suffix, command, load_named, print_next
+from embcache.commands.options import (
+    METRICS,
+    Answer,
+    OneBackbone,
+    Skip,
+    check_named,
+    check_suffix,
+    command,
+    load_named,
+    print_next,
+)
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
 from embcache.commands.scores import in_metrics, print_results
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
@@ -21,6 +31,10 @@ if TYPE_CHECKING:
     from embcache.probe.protocol import Splits
     from embcache.runs.folders import Result
 
+Metrics = Annotated[
+    list[str], "NAME[,NAME…]", f"{METRICS}; the first one chooses epochs. [default: that of the dataset]"
+]
+
 
 @command(table=True)
 def probe(
@@ -29,7 +43,7 @@ def probe(
     dataset: list[str],
     backbone: list[str],
     home: Path | None,
-    metric: list[str],
+    metric: Metrics,
     config: Annotated[ProbeConfig, Skip("metric")],
     ref: DatasetRef,
 ) -> Answer:
@@ -48,7 +62,8 @@ def probe(
     for name in names:
         if name not in heads and ":" not in name:
             raise heads.unknown(name)
-    configs = [replace(config, head=name, metric=metric[0] if metric else None) for name in names]
+    config = replace(config, metric=metric[0] if metric else None)
+    configs = [replace(config, head=name, attention=config.attention if name == "dvme" else None) for name in names]
 
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
@@ -75,7 +90,7 @@ def finetune(
     backbone: list[str],
     dataset: list[str],
     subset: list[str],
-    metric: list[str],
+    metric: Metrics,
     home: Path | None,
     config: Annotated[FinetuneConfig, Skip("metric")],
     ref: Annotated[DatasetRef, Skip("target")],
@@ -123,16 +138,16 @@ def finetune(
     return _answer(in_metrics(results, metric, home))
 
 
-OneDataset = Annotated[str, "NAME", "Name; see `embcache datasets`."]
+DatasetName = Annotated[str, "NAME", "Name; see `embcache datasets`."]
 
 
 @command()
 def export(
     *,
-    dataset: OneDataset,
+    dataset: DatasetName,
     output: Annotated[str, "-o FILE|-", "File to write, or -."] = "-",
     subset: Annotated[list[str], "S,M,F,N", "Subsets, as in `embcache probe`. [default: S,M,F]"],
-    backbone: list[str],
+    backbone: OneBackbone,
     home: Path | None,
     config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],
     ref: Annotated[DatasetRef, Skip("target")],
@@ -171,8 +186,8 @@ def export(
 @command()
 def import_(
     *,
-    file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
-    dataset: OneDataset,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File written by `embcache splits export`.")],
+    dataset: DatasetName,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("target", "name")],
 ) -> None:

@@ -105,9 +105,27 @@ def rank(
     """Score cached backbones, all by default, without training, and rank them; no test row is looked at.
 
     Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
-    by LogME alone. Subset F with more than 5,000 training images per fold takes that many. ``recipe`` is the first
-    digits of the fingerprint, where several recipes are cached; ``seed`` that of folds and subsets; ``subset`` one of
-    `probe_features`.
+    by LogME alone. Subset F with more than 5,000 training images per fold takes that many.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbones : sequence of str
+        Default: all that are cached.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+    seed : int
+        Seed of folds and subsets.
+    subset : str or int
+        As in `probe_features`.
+
+    Returns
+    -------
+    Ranking
+        One row per backbone, best first.
 
     Raises
     ------
@@ -377,12 +395,32 @@ def similarity(
 ) -> Similarity:
     """Compare the embeddings of two or more cached backbones, all by default, on the same training images.
 
-    Of more than 5,000 images so many are drawn with ``seed``; ``recipe`` as in `rank`. The matrices are (B, B).
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbones : sequence of str
+        B names; default: all that are cached.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+    seed : int
+        Seed of the images drawn, where there are more than 5,000.
+
+    Returns
+    -------
+    Similarity
+        Its matrices are float64 (B, B).
 
     Raises
     ------
     UsageError
         There are fewer than two backbones.
+    StoreNotFoundError
+        No features are cached.
+    ProtocolError
+        There are fewer than four training images.
     """
     pool = open_pool(ds, backbones, home, recipe, seed)
     names, rows = list(pool.stores), pool.drawn(seed)

@@ -82,6 +82,11 @@ def finetune_images(
     config, **options
         A `embcache.config.FinetuneConfig`, and fields that take the place of its own.
 
+    Returns
+    -------
+    Result
+        Scores of all folds on the test set, their mean, interval and notes.
+
     Raises
     ------
     UsageError, DatasetError, WeightsError

@@ -19,11 +19,12 @@ from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
+from embcache.paths import PathLike
 from embcache.probe.heads import check_backbones, heads, make_head
 from embcache.probe.layers import Tensors
 from embcache.probe.metrics import softmax
 from embcache.probe.stack import Head, TrainedHead
-from embcache.runs.folders import Result, run_file
+from embcache.runs.folders import Result, find_run_anywhere, run_file
 
 State = dict[str, Tensor]
 
@@ -134,16 +135,38 @@ class FinetunedModel:
             return np.asarray(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
 
 
-def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
+def load_finetuned(run: str, fold: int = 0, *, device: str = "cpu", home: PathLike | None = None) -> FinetunedModel:
     """The saved model of a fold of a finetuned run; neither images nor the weights that training began with are read.
+
+    Parameters
+    ----------
+    run : str
+        ID of the run, or a unique prefix.
+    fold : int
+        From 0.
+    device : str
+        ``auto``, ``cpu`` or ``cuda:0``.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+
+    Returns
+    -------
+    FinetunedModel
+        Its ``predict`` takes uint8 images (B, H, W, 3) to float64 probabilities (B, C).
 
     Raises
     ------
     UsageError
-        The result is not of a finetuning, has no such fold, or the device (``auto``, ``cpu``, ``cuda:0``) is not there.
+        The result is not of a finetuning, has no such fold, or the device is not there.
     StoreError, WeightsError
-        The fold has no model, or its file is damaged; it does not fit the network.
+        There is no such run; the fold has no model, or its file is damaged; it does not fit the network.
     """
+    result, folder = find_run_anywhere(run, home)
+    return load_fold(folder, result, fold, device)
+
+
+def load_fold(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
+    """The same, where the result and its folder are known."""
     if result.kind != "finetune" or not 0 <= fold < len(result.folds):
         raise UsageError(
             "there is no such finetuned model", code="unknown-model",

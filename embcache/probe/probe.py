@@ -66,6 +66,11 @@ def probe_features(
     progress : callable, optional
         See `Progress`.
 
+    Returns
+    -------
+    Result
+        Scores of all folds on the test set, their mean, interval and notes.
+
     Raises
     ------
     UsageError, StoreError

@@ -257,7 +257,7 @@ def training_notes(result: Result) -> list[str]:
         if n and most >= COLLAPSED * n and most >= 1.5 * result.test_counts[c]:
             count, true = f"all {n:,}" if most == n else f"{most:,} of {n:,}", f"{result.test_counts[c]:,}"
             name = result.class_names[c]
-            notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images, of which {true} are")
+            notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images; {true} of them are {name!r}")
     return notes
 
 

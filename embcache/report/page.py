@@ -65,11 +65,34 @@ def write_report(
     images: bool = True,
     rows: str = "test",
 ) -> Written:
-    """Write one self-contained HTML page of the saved results of datasets, by default of all that have any.
+    """Write one self-contained HTML page of saved results.
 
-    The first of ``metrics`` scores all results again and chooses between models; the others are shown beside it.
-    ``images``: whether thumbnails, IDs and file names of images may be in the file. ``rows``: the labeled images on the
-    embedding map, of the test set or all.
+    Parameters
+    ----------
+    target : path
+        File of the page.
+    datasets : sequence of str
+        Default: all that have results.
+    metrics : sequence of str
+        The first one scores all results again and chooses between models; the others are shown beside it.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    ref : DatasetRef, optional
+        Where the images are; without them there are no thumbnails.
+    images : bool
+        Whether thumbnails, IDs and file names of images may be in the file.
+    rows : {"test", "all"}
+        Labeled images on the embedding map.
+
+    Returns
+    -------
+    Written
+        The path, what is in the file, and notes on what is not.
+
+    Raises
+    ------
+    UsageError, StoreError
+        An option is malformed, or the file cannot be written; there are no results.
     """
     check_choice("--rows", rows, ("test", "all"))
     ref = ref or DatasetRef()

@@ -31,10 +31,29 @@ def find_results(
     kinds: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> list[Result]:
-    """Saved results that have a test score; `StoreNotFoundError` where there is none.
+    """Saved results that have a test score.
 
-    Only results of the datasets, heads and kinds, and over no other backbones, where some are named. ``metrics`` score
-    the saved predictions instead of the runs' own: for each metric, all results.
+    Parameters
+    ----------
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    datasets, heads, kinds : sequence of str
+        Only results of these, where some are named; a kind is ``"probe"``, ``"finetune"`` or ``"kaggle"``.
+    backbones : sequence of str
+        Only results over no other backbones, where some are named.
+    metrics : sequence of str
+        Score the saved predictions by these instead of the runs' own metrics: for each metric, all results.
+
+    Returns
+    -------
+    list of Result
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is none.
+    UsageError
+        A metric is unknown or does not fit the classes.
     """
     saved = [result for name in datasets for result in list_results(home, name)] if datasets else list_results(home)
     fitting = [
@@ -62,8 +81,8 @@ def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
     if unknown := [name for name in (*foreign, *[head] * (":" in head)) if name not in trusted]:
         raise UsageError(
             f"run {result.id} needs code that is not part of embcache", code="untrusted-name",
-            expected="a registered name, or the same name after --trust", found=", ".join(unknown),
-            fix=f"--trust {unknown[0]}, if you trust that module",
+            expected="a registered name", found=", ".join(unknown),
+            fix=(f"--trust {unknown[0]}, if you trust that module", "register it by an entry point of its package"),
         )  # fmt: skip
 
 

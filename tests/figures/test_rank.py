@@ -232,7 +232,7 @@ def test_commands_print_tables_or_json_alone(
 
     file = tmp_path / "rank.json"
     text = run("rank", "--dataset", "toy", "--home", str(probed[0]), "--json", str(file))
-    for part in ("linear S (", "150 labels used in all", "Kendall"):
+    for part in ("linear S (", "150 labels used in total", "Kendall"):
         assert part in text
     assert text.index("strong") < text.index("weak")
     (ranking,) = json.loads(file.read_text())
