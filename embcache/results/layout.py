@@ -284,7 +284,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: 
     return "".join(",".join(map(_quoted, line)) + "\n" for line in lines)
 
 
-_NUMBERS = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?( [–±] [+-]?[0-9]+(\.[0-9]+)?)?")
+_NUMBERS = re.compile(r"[+-]?[0-9]+\.[0-9]+( [–±] [+-]?[0-9]+\.[0-9]+)?")
 
 
 def guard_cell(text: str) -> str:
@@ -295,8 +295,8 @@ def guard_cell(text: str) -> str:
 def is_formula(text: str) -> bool:
     """Whether a spreadsheet may take text for a formula: ``= + - @``, full-width and small ones too, a tab or line end.
 
-    What stands before and is not seen (spaces, a byte order mark) and apostrophes make no difference. Signed numbers,
-    and two of them as an interval, are none.
+    What stands before and is not seen (spaces, a byte order mark) and apostrophes make no difference. Decimals with
+    a sign, and intervals of them, are none.
     """
     if _NUMBERS.fullmatch(text):
         return False
