@@ -202,7 +202,16 @@ def find_backbone(name: str | Backbone, *, imports: bool = True) -> Backbone:
     if ":" not in name and name not in backbones:
         raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME")
     found = backbones.get(name)
-    made: object = found if isinstance(found, Backbone) else found()
+    made: object = found
+    if callable(found):
+        try:
+            made = found()
+        except Exception as error:  # whatever code of the user raises
+            raise UsageError(
+                f"{name} raised an error instead of making a backbone", code="backbone-function",
+                found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300], where=name,
+                expected="a function without arguments that returns a Backbone",
+            ) from error  # fmt: skip
     if not isinstance(made, Backbone):
         raise UsageError(
             f"{name} does not make a backbone", code="backbone-type", expected="a Backbone, as from_module makes one",

@@ -333,6 +333,11 @@ def find_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | Non
     return with_ref(found, ref), state
 
 
+def named_dataset(dataset: ImageDataset | str, home: PathLike | None = None) -> ImageDataset:
+    """The dataset itself, or the one of a name, live or from its snapshot."""
+    return find_dataset(dataset, home=home)[0] if isinstance(dataset, str) else dataset
+
+
 def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = False) -> tuple[ImageDataset, str]:
     """The dataset as it is published, from wherever its files are, and "live"; else its snapshot, and "snapshot"."""
     given, root = ref.data_root, None if ref.data_root is None else ref.data_root.expanduser().resolve()
