@@ -23,7 +23,8 @@ from typing import Any, Generic, TypeVar, cast
 from embcache.errors import UsageError
 from embcache.log import log
 
-T, F = TypeVar("T"), TypeVar("F")
+T = TypeVar("T")
+F = TypeVar("F")
 
 
 class Registry(Generic[T]):
