@@ -456,6 +456,7 @@ def is_loss(name: str) -> bool:
 
 def _registered(name: str) -> Metric | None:
     try:
-        return metrics.get(name) if name in metrics else None
+        found = metrics.get(name) if name in metrics else None
     except UsageError:  # a package that cannot be imported
         return None
+    return found if isinstance(found, Metric) else None

@@ -53,7 +53,7 @@ def test_a_broken_package_is_skipped_and_named(announced: Any, home: Path) -> No
     with refused(UsageError, "import-failed") as caught:
         heads.get("broken")
     assert "ZeroDivisionError" in str(caught.value)
-    assert metric_title("broken") == "broken"
+    assert (metric_title("broken"), metric_title("other")) == ("broken", "other")
 
 
 def test_a_name_that_is_taken_is_told(announced: Any, caplog: pytest.LogCaptureFixture) -> None:
