@@ -201,7 +201,10 @@ def backbones(
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
     """
     named = split_list(names)
-    chosen = [find_backbone(name) for name in named or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]]
+    chosen = [find_backbone(name) for name in named]
+    if not named:
+        found = dict(registry.each(find_backbone))
+        chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
     statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
 
     def show_details() -> None:
@@ -265,15 +268,16 @@ def heads() -> Answer:
     """
     from embcache.probe.heads import find_head, heads
 
-    rows = []
-    for name in heads:
+    def row_of(name: str) -> dict[str, Any]:
         head = find_head(name)
         # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
         dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if head.fuses else {"resnet50": 2048}
-        rows.append({
+        return {
             "head": name, "backbones": "several" if head.fuses else "one",
             "parameters": head.count_parameters(dims, 5), "options": asdict(head), "summary": head.summary,  # type: ignore[call-overload]
-        })  # fmt: skip
+        }  # fmt: skip
+
+    rows = [row for _, row in heads.each(row_of)]
     columns = {
         "head": "{0[head]}",
         "backbones": "{0[backbones]}",

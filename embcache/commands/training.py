@@ -103,10 +103,10 @@ def finetune(
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
     from embcache.finetune.finetune import finetune as finetune_dataset
-    from embcache.probe.heads import make_head
+    from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET
 
-    fuses = {name: make_head(name).fuses for name in split_list(config.head)}
+    fuses = {name: find_head(name).fuses for name in split_list(config.head)}
     check_named("finetune", dataset=dataset, backbone=backbone or PAPER_SET * all(fuses.values()))
     if len(dataset) > 1 and (ref.data_root or ref.name or config.splits):
         raise UsageError(

@@ -221,7 +221,7 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
         log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
     if not store.committed():
         _log_differences(store, files.folder)
-    plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=config.retry_quarantined)
+    plan = plan_store(store, dataset, files.scan, retry_quarantined=config.retry_quarantined)
     return OwedStore(store, plan, config.batch_size or store.batch_size)
 
 

@@ -25,7 +25,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads.solved import KNN
 from embcache.probe.inputs import plan_for
 from embcache.probe.layers import standard_directions, standardized
-from embcache.probe.metrics import score
+from embcache.probe.metrics import find_metric, score
 from embcache.probe.protocol import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import Result, list_results
@@ -245,11 +245,12 @@ def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict
             and dict(request["recipes"]).get(one) == pool.stores[one].recipe.fingerprint
         )
 
+    metric = find_metric(pool.ds.metric, len(pool.ds.class_names)).key
     fitting: dict[tuple[Any, ...], list[Result]] = {}  # by protocol: the values of `_DEFAULTS`
     candidates = [result for result in list_results(home, pool.ds.name) if fits(result)]
     for result in candidates:
         plain = not {"lr", "views", "repeats", "target"} & set(result.request)
-        complete = all(fold.score is not None for fold in result.folds)
+        complete = result.metric == metric and all(fold.score is not None for fold in result.folds)
         if plain and complete and result.request.get("head") == {"name": "linear"}:
             protocol = tuple(result.request.get(key, value) for key, value in _DEFAULTS.items())
             fitting.setdefault(protocol, []).append(result)

@@ -160,6 +160,8 @@ def with_positive(result: Result, positive: str | None, home: PathLike | None) -
 
 def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
     """A saved result, if it has test scores, by another metric on test and validation; its own chose its epochs."""
+    if metric == result.metric:  # whose package may be gone
+        return result
     key = find_metric(metric, len(result.class_names)).key
     if key == result.metric or result.mean is None or result.kind == "kaggle":
         return result

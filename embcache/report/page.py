@@ -37,6 +37,7 @@ from embcache.report.collect import (
 )
 from embcache.report.embedding import BUDGET, LIMIT, attend, fused_run, make_map, make_sheets
 from embcache.report.sections import NEW_MODEL, THESE_MODELS, summary_table, task_section
+from embcache.results.advice import load_readable, rankable
 from embcache.results.curves import request_flags
 from embcache.results.layout import Table, bounds, score, signed
 from embcache.runs.folders import Result
@@ -124,6 +125,9 @@ def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> di
     for number, task in enumerate(part.tasks):
         log.info(f"{task.title}: comparing {len(task.results)} results of {len(task.models)} models")
         choices = choose(task, part)
+        if not choices:
+            _, unread = load_readable({r.id: r for r in task.results if rankable(r)}, part.home)
+            problems += [f"{run}: {problem}" for run, problem in unread.items()]
         of_labels = of_labels or ([] if task.target else choices)
         tasks.append(task_section(task, part, choices, f"{id}-t{number}", ids=ids, ref=ref))
     people = cohort(part, tasks[0]["choices"], ids=ids) if tasks else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
+from embcache.finetune.finetune_plan import GENTLE, gentle
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
 from embcache.probe.schedule import Schedule, rates_of
@@ -99,10 +100,13 @@ def request_flags(result: Result) -> list[str]:
     words += class_flags(request.get("classes", {}))
     words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
     rates, schedule = rates_of(request), request.get("schedule") or {}
+    if result.kind == "finetune":
+        schedule, usual = usual | schedule, usual | (GENTLE if gentle(result.backbones) else {})
+        rates = [schedule["lr"]]
     if rates not in ([], [usual["lr"]]):
         words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
     for name in ("max_epochs", "batch_size") if result.kind == "finetune" else ():
-        if schedule.get(name, usual[name]) != usual[name]:
+        if schedule[name] != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(schedule[name])]
     return words
 

@@ -34,7 +34,7 @@ from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, p
 from embcache.finetune.model import FinetunedModel, load_fold
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike
-from embcache.probe.heads import make_head
+from embcache.probe.heads import find_head
 from embcache.probe.metrics import softmax
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
 from embcache.probe.stack import Head, predict_logits
@@ -334,14 +334,14 @@ def _load_model(
         for recipe in recipes.values():  # the model was saved whole, so that only the decoder can differ
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         device = pick_device(config.device)
-        models = [load_fold(folder, result, fold, str(device)) for fold in folds]
+        models = [load_fold(folder, result, fold, str(device), config.trust) for fold in folds]
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)
     networks = {
         backbone: _rebuild(result, recipe, weights.get(backbone), home, config) for backbone, recipe in recipes.items()
     }
     heads = load_heads(folder)
-    return _ProbeModel(networks, make_head(head, **options), [heads[fold] for fold in folds])
+    return _ProbeModel(networks, find_head(head, options), [heads[fold] for fold in folds])
 
 
 def _weights_by_name(names: Sequence[str], values: Sequence[str]) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from tests.refusal import refused
 
 @pytest.fixture(autouse=True)
 def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small network, but for tests of torchvision's features and of networks of one's own."""
+    """A small network, but for tests of torchvision's features and of own networks."""
     if not {"direct_features", "from_module"} & set(request.function.__code__.co_names):
         monkeypatch.setattr(run, "load_backbone", load_tiny)
 

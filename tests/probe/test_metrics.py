@@ -269,7 +269,7 @@ def test_metrics_are_found_by_their_names() -> None:
 def test_a_metric_that_there_is_not(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_metric(name, 2)
-    assert caught.value.found == name
+    assert caught.value.problem == f"there is no such metric: {name}"
     assert "balanced_accuracy" in str(caught.value.expected)
 
 
