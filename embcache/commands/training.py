@@ -62,6 +62,7 @@ def probe(
     for name in names:
         if name not in heads and ":" not in name:
             raise heads.unknown(name)
+    _check_metrics(metric)
     config = replace(config, metric=metric[0] if metric else None)
     configs = [replace(config, head=name, attention=config.attention if name == "dvme" else None) for name in names]
 
@@ -84,6 +85,15 @@ def _answer(results: Sequence[Result]) -> Answer:
     return Answer([result.to_json() for result in results], lambda: print_results(results), following)
 
 
+def _check_metrics(names: Sequence[str]) -> None:
+    """Refuse an unknown metric before the training, not after it."""
+    from embcache.probe.metrics import find_metric
+
+    for name in names:
+        if ":" not in name:
+            find_metric(name, 2)
+
+
 @command(table=True)
 def finetune(
     *,
@@ -102,6 +112,7 @@ def finetune(
 
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
+    _check_metrics(metric)
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET

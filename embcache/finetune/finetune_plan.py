@@ -30,7 +30,7 @@ from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import find_head, identify, name_of
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
-from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
+from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import Splits, name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import TrainedHead
@@ -143,6 +143,7 @@ def load_networks(
             fix=f"--batch-size {2 * config.accumulate}, or a smaller --accumulate",
         )  # fmt: skip
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
+    check_order(metric, dataset.class_names)
     return Networks(
         dataset=dataset, config=config, specs=specs, head=head,
         metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,

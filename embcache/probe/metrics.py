@@ -48,11 +48,27 @@ class Metric:
     per_class: bool = False  # scores every class by itself, so that an interval needs enough groups of each
     asymmetric: bool = False  # with two classes its value depends on which of them is positive
     binary: bool = False  # for two classes only
+    ordered: bool = False  # distances between classes count, so that their order must be known
     ratio: Ratio | None = None  # of a proportion
 
     def of(self, positive: int) -> Metric:
         """The same metric, always of one positive class: what a training that chooses by it is given."""
         return replace(self, form=lambda y, z, _: self.form(y, z, positive))
+
+
+def has_order(class_names: Sequence[str]) -> bool:
+    """Whether classes have an order: there are two, or they are whole numbers; words stand as in the alphabet."""
+    return len(class_names) == 2 or all(name.removeprefix("-").isdecimal() for name in class_names)
+
+
+def check_order(metric: Metric, class_names: Sequence[str]) -> None:
+    """Refuse a metric of grades for classes whose order is that of the alphabet."""
+    if metric.ordered and not has_order(class_names):
+        raise ProtocolError(
+            f"{metric.title} weighs errors by their distance, and the order of these classes is not known",
+            code="metric-needs-order", found=", ".join(class_names), expected="grades as whole numbers: 0, 1, 2, …",
+            fix="number the grades in the table, or --metric balanced_accuracy",
+        )  # fmt: skip
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
@@ -412,7 +428,7 @@ METRICS: Mapping[str, Metric] = {
     for metric in (
         Metric("auc", "AUC", _one_vs_rest(_auc), "auc", per_class=True, binary=True),
         Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True),
-        Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0),
+        Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0, ordered=True),
         Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True),
         _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), dtype=bool))),
         Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True),

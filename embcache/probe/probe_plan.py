@@ -30,7 +30,7 @@ from embcache.probe.inputs import (
     plan_for,
     stream_features,
 )
-from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
+from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Head
@@ -143,6 +143,7 @@ def plan_probe(
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
+    check_order(metric, dataset.class_names)
     for backbones in sets:
         check_backbones(model, backbones)
     stores = open_stores(dataset, sets, home, config.recipe, config.views)

@@ -22,8 +22,10 @@ from embcache.probe.metrics import (
     FloatArray,
     IntArray,
     Weighted,
+    check_order,
     confusion,
     find_metric,
+    has_order,
     log_odds,
     positive_class,
     roc_counts,
@@ -483,7 +485,10 @@ def describe(
             asked = [find_metric(result.metric, len(names)).key, *USUAL]
         except EmbcacheError as error:  # its package may be gone
             asked, unknown = [*USUAL], [f"the run's own score was not measured again: {error.problem}"]
-    keys = dict.fromkeys(find_metric(m, len(names)).key for m in asked)
+    measures = [find_metric(m, len(names)) for m in asked]
+    for measure in measures if metrics else ():
+        check_order(measure, names)
+    keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names))
     found = Described(
         result,
         scores={key: all_estimates(test, key) for key in keys},

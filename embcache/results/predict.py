@@ -27,7 +27,15 @@ from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_gro
 from embcache.data.images import DECODER_VERSION, ImageRef, image_refs
 from embcache.data.published import named_columns
 from embcache.data.tables import find_columns, open_table
-from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreNotFoundError, UsageError, first_few
+from embcache.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    RecipeError,
+    StoreError,
+    StoreNotFoundError,
+    UsageError,
+    first_few,
+)
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.scan import image_root
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
@@ -325,6 +333,11 @@ def _load_model(
         )  # fmt: skip
     options = dict(result.request["head"])
     head = str(options.pop("name"))
+    if result.kind == "probe" and not (folder / "heads.safetensors").exists():
+        raise StoreError(
+            "the models of this run were not kept", code="models-not-kept", where=folder, found=head,
+            fix="probe again with a head of embcache, and without --no-models: scikit-learn's are not kept",
+        )  # fmt: skip
     refuse_untrusted(result, config.trust)
     recipes = run_recipes(result, home)
     if result.kind == "finetune":
