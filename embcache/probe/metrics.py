@@ -57,8 +57,9 @@ class Metric:
 
 
 def has_order(class_names: Sequence[str]) -> bool:
-    """Whether classes have an order: there are two, or they are whole numbers; words stand as in the alphabet."""
-    return len(class_names) == 2 or all(name.removeprefix("-").isdecimal() for name in class_names)
+    """Whether classes have an order: there are two, they are whole numbers, or they do not stand as in the alphabet."""
+    numbers = all(name.removeprefix("-").isdecimal() for name in class_names)
+    return len(class_names) == 2 or numbers or list(class_names) != sorted(class_names)
 
 
 def check_order(metric: Metric, class_names: Sequence[str]) -> None:

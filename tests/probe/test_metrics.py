@@ -298,7 +298,7 @@ def test_predictions_that_are_not_numbers_have_no_score(bad: float) -> None:
 
 def test_kappa_of_words_is_refused_as_their_order_is_not_known() -> None:
     kappa = find_metric("kappa", 3)
-    for names in (("0", "1", "2"), ("sick", "well")):
+    for names in (("0", "1", "2"), ("sick", "well"), ("no DR", "mild", "severe")):
         check_order(kappa, names)
     with refused(ProtocolError, "metric-needs-order"):
         check_order(kappa, ("mild", "none", "severe"))

@@ -190,7 +190,7 @@ def test_a_fold_that_predicts_one_class_is_named(flat: tuple[ImageDataset, Path]
     ds, home = flat
     result = probe_features(ds, "flat", subset="F", home=home)
     told = [note for note in result.notes if "for all 40 test images; 20 of them are '" in note]
-    assert len(told) == 5
+    assert sum(1 if note.startswith("fold") else int(note[0]) for note in told) == 5
     assert result.majority == ("a", 0.5)
 
 
