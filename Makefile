@@ -46,6 +46,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/logreg.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/shards.py
 	$(BIN)/python benchmarks/extraction.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/memory.py

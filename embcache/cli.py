@@ -80,13 +80,20 @@ COMMANDS: dict[str, dict[str, tuple[Any, str]]] = {
 class Command(TyperCommand):
     """A command whose help lists options under their headings."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Arguments by their metavars; in brackets where they can be left out."""
+        arguments: list[Any] = [each for each in self.get_params(ctx) if each.param_type_name == "argument"]
+        shown = [(each.metavar + "..." * (each.nargs != 1), each.required) for each in arguments]
+        return ["[OPTIONS]", *(name if required else f"[{name}]" for name, required in shown)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         parameters: list[Any] = self.get_params(ctx)  # arguments and options of typer
         for parameter in parameters:
             if record := parameter.get_help_record(ctx):
-                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                own = parameter.param_type_name == "argument"
+                usual, record = ("Arguments", (parameter.metavar, record[1])) if own else ("Options", record)
                 sections.setdefault(parameter.rich_help_panel or usual, []).append(record)
         _write_sections(sections, formatter)
 

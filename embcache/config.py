@@ -24,20 +24,23 @@ from embcache.fields import (
 
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
+LEAST_RATE = 1e-30
 RECIPE = "First digits of the store's fingerprint, where several recipes are cached."
 
 
 def _recipe() -> Any:
-    return option(None, RECIPE, metavar="PREFIX")
+    return option(None, RECIPE, metavar="PREFIX", result="recipes")
 
 
 def _weights(which: str = "of a backbone") -> Any:
-    return option((), f"Checkpoint {which}; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE")
+    return option(
+        (), f"Checkpoint {which}; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE", result="recipes"
+    )
 
 
 def _transform(help: str) -> Any:
     names = ("paper", "imagenet", "model")
-    return option(None, help, metavar="|".join(names), choices=names)
+    return option(None, help, metavar="|".join(names), choices=names, result="recipes")
 
 
 def _device() -> Any:
@@ -50,7 +53,7 @@ def _workers() -> Any:
 
 def _max_pixels() -> Any:
     text = "Largest image that is decoded, in pixels. [default: $EMBCACHE_MAX_PIXELS or 89478485]"
-    return option(None, text, least=1)
+    return option(None, text, least=1, result="images")
 
 
 @dataclass(frozen=True)
@@ -202,14 +205,16 @@ class ProtocolConfig(Config):
         False, "Leave out training images that share a group with the official test set.", result=True
     )
     splits: str | None = option(
-        None, "Use the splits of a file, or of a registered name, instead of drawing them.", metavar="FILE|NAME"
-    )
+        None, "Use the splits of a file, or of a registered name, instead of drawing them.", result="splits",
+        metavar="FILE|NAME",
+    )  # fmt: skip
     metric: str | None = option(
-        None, "Metric that scores models and chooses epochs. [default: that of the dataset]", metavar="NAME"
-    )
+        None, "Metric that scores models and chooses epochs. [default: that of the dataset]", result="metric",
+        metavar="NAME",
+    )  # fmt: skip
     positive: str | None = option(
         None, "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; "
-        "else the second]", metavar="CLASS",
+        "else the second]", metavar="CLASS", result="positive",
     )  # fmt: skip
 
 
@@ -219,17 +224,20 @@ class ProbeConfig(ProtocolConfig):
 
     heading: ClassVar[str] = "Probe options"
 
-    head: str = option("linear", "Heads to train, comma-separated; see `embcache heads`.", metavar="NAME[,NAME…]")
-    head_options: Mapping[str, Any] = option(
-        {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", parse=parse_pairs
+    head: str = option(
+        "linear", "Heads to train, comma-separated; see `embcache heads`.", metavar="NAME[,NAME…]", result="head"
     )
+    head_options: Mapping[str, Any] = option(
+        {}, "Hyperparameter of the head; repeatable.", metavar="NAME=VALUE", flag="--head-option", result="head",
+        parse=parse_pairs,
+    )  # fmt: skip
     attention: str | None = option(
         None, "Attention of dvme by all scores (exact), by a few nodes with the same result to 1e-5 (fast), or by "
-        "the faster of the two. [default: auto]", choices=("auto", "exact", "fast"),
+        "the faster of the two. [default: auto]", choices=("auto", "exact", "fast"), result="head",
     )  # fmt: skip
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold keeps the best on validation. [default: 1e-3]",
-        metavar="RATE[,RATE…]", result=True, parse=parse_numbers,
+        metavar="RATE[,RATE…]", result=True, least=LEAST_RATE, parse=parse_numbers,
     )  # fmt: skip
     repeats: int = option(
         1, "Repeat everything R times with seeds N, N + 1, …", metavar="R", result=True, least=1, most=MOST_REPEATS
@@ -249,7 +257,7 @@ class ProbeConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention is not None and self.head != "dvme":
+        if self.attention is not None and "dvme" not in split_list(self.head):
             raise UsageError(
                 "--attention is for the head dvme", code="option-of-another-head", found=f"--head {self.head}",
                 fix="--head dvme, or leave --attention out",
@@ -259,12 +267,6 @@ class ProbeConfig(ProtocolConfig):
                 "attention is given twice", code="repeated-option", expected="each name once",
                 found="--attention and --head-option attention=…", fix="leave --head-option attention=… out",
             )  # fmt: skip
-        for rate in self.lr:
-            if rate <= 0:
-                raise UsageError(
-                    "the learning rate must be a positive number", code="option-bounds", found=f"{rate:g}",
-                    where="--lr", fix="--lr 1e-3",
-                )  # fmt: skip
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -280,22 +282,28 @@ class FinetuneConfig(ProtocolConfig):
     heading: ClassVar[str] = "Finetuning options"
 
     head: str = option(
-        "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", metavar="NAME[,NAME…]"
-    )
+        "linear", "Head to train: linear, mlp, or one that fuses backbones: dvme, …", result="head",
+        metavar="NAME[,NAME…]",
+    )  # fmt: skip
     weights: tuple[str, ...] = _weights()
     transform: str | None = _transform(
         "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]"
     )
     device: str = _device()
     precision: str = option(
-        "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", choices=("fp32", "tf32", "bf16", "fp16")
+        "fp32", "fp32 or bf16; with CUDA also tf32 and fp16.", metavar="KIND", result="recipes",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )  # fmt: skip
+    lr: float | None = option(
+        None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=LEAST_RATE, result="schedule"
     )
-    lr: float | None = option(None, "Learning rate. [default: 1e-3; with dino 1e-4]", metavar="RATE", least=1e-12)
-    batch_size: int | None = option(None, "Images per step. [default: 64; with dino 16]", least=1, most=1 << 16)
+    batch_size: int | None = option(
+        None, "Images per step. [default: 64; with dino 16]", least=1, most=1 << 16, result="schedule"
+    )
     accumulate: int = option(
         1, "Number of parts in which a batch is computed, to save memory.", result=True, least=1, most=1 << 16
     )
-    max_epochs: int = option(50, "Maximum number of epochs.", result=True, least=1, most=100_000)
+    max_epochs: int = option(50, "Maximum number of epochs.", result="schedule", least=1, most=100_000)
     workers: int | None = option(
         None, "Threads that prepare images. [default: one per core, at most 8]", least=0, most=1 << 10
     )
@@ -426,7 +434,7 @@ class StudyConfig(ProtocolConfig):
     )
     lr: tuple[float, ...] = option(
         (), "Learning rate; of several, each fold of a probe keeps the best on validation. [default: 1e-3]",
-        metavar="RATE[,RATE…]", parse=parse_numbers,
+        metavar="RATE[,RATE…]", least=LEAST_RATE, parse=parse_numbers,
     )  # fmt: skip
     max_epochs: int = option(50, "Maximum number of epochs of finetuning.", least=1, most=100_000)
     recipe: str | None = _recipe()

@@ -27,7 +27,9 @@ class Option:
     help: str  # one sentence for ``--help``
     metavar: str = ""  # what the value looks like
     flag: str = ""  # where it is not the field's name; ``--a/--no-a`` where on by default; ``--a,--b``; ``-`` for none
-    result: bool = False  # whether a result depends on it: then a value that is not the default is part of a run's ID
+    # Whether a result depends on it: then a value that is not the default is part of a run's ID. A name is the key of
+    # the request under which the plan of a run writes it in another form: weights and transform as ``recipes``.
+    result: bool | str = False
     choices: tuple[str, ...] = ()  # all values there are
     least: float | None = None  # bounds of a number
     most: float | None = None
@@ -82,7 +84,7 @@ class Config:
         """Options that a result depends on and that differ from their defaults, as JSON data for a run's ID."""
         plain = self.to_json()
         usual = type(self)().to_json()
-        names = [f.name for f in fields(self) if option_of(f).result]
+        names = [f.name for f in fields(self) if option_of(f).result is True]
         return {name: plain[name] for name in names if plain[name] != usual[name]}
 
     def words(self) -> list[str]:
@@ -187,9 +189,13 @@ def _check(f: dataclasses.Field[Any], value: Any, hint: Any) -> None:
             low = -math.inf if known.least is None else known.least
             high = math.inf if known.most is None else known.most
             if not (math.isfinite(each) and low <= each <= high):
+                ends = [f"{word} {end:,}" for word, end in (("at least", low), ("at most", high)) if math.isfinite(end)]
+                end = low if each < low else high if each > high else None
+                advised = end if isinstance(end, int) else f.default  # which may be no number
                 raise UsageError(
-                    f"{flag} is out of bounds", code="option-bounds", expected=f"{low:,} to {high:,}",
-                    found=str(each)[:40], where=flag, fix=f"{flag} {low if each < low else high:g}",
+                    f"{flag} is out of bounds", code="option-bounds", expected=", ".join(ends) or "a finite number",
+                    found=str(each)[:40], where=flag,
+                    fix=f"{flag} {advised}" if isinstance(advised, int | float) else f"leave {flag} out",
                 )  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from embcache.errors import UsageError
+from embcache.log import log
 
 T = TypeVar("T")
+F = TypeVar("F")
 
 
 class Registry(Generic[T]):
@@ -33,6 +35,7 @@ class Registry(Generic[T]):
         self._places = {name: place for name, place in builtin.items() if isinstance(place, str)}  # not imported yet
         self._objects: dict[str, T] = {name: found for name, found in builtin.items() if not isinstance(found, str)}
         self._objects |= objects or {}
+        self._builtin = frozenset([*builtin, *(objects or {})])
         self._installed = False
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -77,6 +80,16 @@ class Registry(Generic[T]):
             return cast(T, import_object(name, self.sort))
         raise self.unknown(name)
 
+    def each(self, find: Callable[[str], F]) -> Iterator[tuple[str, F]]:
+        """What ``find`` makes of each name; a warning for one whose package is broken."""
+        for name in self.names():
+            try:
+                made = find(name)
+            except Exception as error:  # whatever the package does
+                log.warning(f"{self.sort} {name} cannot be used: {' '.join(str(error).split())}")
+            else:
+                yield name, made
+
     def unknown(self, name: str, also: str = "") -> UsageError:
         """The error for a name that is not registered; ``also`` lists other forms of names."""
         near = difflib.get_close_matches(name, self.names(), n=3)
@@ -91,8 +104,10 @@ class Registry(Generic[T]):
             return
         self._installed = True
         for entry in entry_points(group=f"embcache.{self.sort}s"):
-            if entry.name not in {*self._places, *self._objects}:
+            if entry.name not in self._places and entry.name not in self._objects:
                 self._places[entry.name] = entry.value
+            elif entry.name in self._builtin or self._places.get(entry.name, entry.value) != entry.value:
+                log.warning(f"{self.sort} {entry.name}: the name is taken, so {entry.value} is not used")
 
 
 def import_object(place: str, sort: str = "object") -> Any:
@@ -102,9 +117,10 @@ def import_object(place: str, sort: str = "object") -> Any:
         found = importlib.import_module(module)
         for name in names.split("."):
             found = getattr(found, name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise UsageError(
-            f"the {sort} {place} cannot be imported", code="import-failed", expected="module:name", found=str(error),
+            f"the {sort} {place} cannot be imported", code="import-failed", expected="module:name",
+            found=f"{type(error).__name__}: {error}",
             fix="put the module's folder on PYTHONPATH, or install its package",
         ) from error  # fmt: skip
     return found

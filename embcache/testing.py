@@ -28,6 +28,7 @@ from embcache.data.images import ImageRef, read_image, read_size
 from embcache.data.tables import COLUMNS
 from embcache.extract.worker import FrozenNetwork, compute_shard, freeze
 from embcache.paths import PathLike
+from embcache.probe.metrics import find_metric
 
 __all__ = ["check_backbone", "check_dataset", "check_head", "check_metric"]
 
@@ -131,7 +132,7 @@ def check_dataset(dataset: ImageDataset, *, images: int = 20) -> None:
         assert all(isinstance(value, str) for value in table[column]), f"column {column!r} is text"
     absent = set(range(len(dataset.class_names))) - set(dataset.labels.tolist())
     assert not absent, f"classes without an image: {[dataset.class_names[c] for c in sorted(absent)]}"
-    assert dataset.metric in {"auc", "macro_auc", "kappa"}, f"unknown metric {dataset.metric!r}"
+    assert find_metric(dataset.metric, len(dataset.class_names)), "the metric is registered"
     assert dataset.augment in {"patch", "fundus", "chest", "generic"}, f"unknown augmentation {dataset.augment!r}"
     sizes = dict(dataset.subset_sizes)
     assert set(sizes) == {"S", "M"}, "subsets S and M have a size, and no others"
@@ -224,7 +225,7 @@ def check_metric(metric: Any) -> None:
     metric : Metric or str
         The metric, or the name under which it is registered.
     """
-    from embcache.probe.metrics import Metric, find_metric, log_probabilities, scorer
+    from embcache.probe.metrics import Metric, log_probabilities, scorer
 
     binary = isinstance(metric, Metric) and metric.binary
     for n_classes in (2,) if binary else (2, 3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from embcache.commands.options import Answer, Skip, command
-from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, ProbeConfig
+from embcache.config import DatasetRef, ExtractConfig, FinetuneConfig, MapConfig, ProbeConfig
 from embcache.errors import UsageError
-from embcache.fields import Config, option, parse_weights
+from embcache.fields import Config, option, option_of, parse_weights
 from tests.refusal import refused
 
 CONFIGS = (DatasetRef, ExtractConfig, ProbeConfig, FinetuneConfig)
@@ -28,6 +28,17 @@ def test_json_reads_back(kind: type[Config]) -> None:
 def test_a_default_is_no_part_of_an_id() -> None:
     assert ProbeConfig().result_options() == {}
     assert ProbeConfig(folds=3, device="cuda", lr=[1e-3, 1e-4]).result_options() == {"folds": 3, "lr": [1e-3, 1e-4]}
+
+
+NO_RESULT = {"device", "again", "save", "workers", "pixel_cache", "models", "resume"}
+
+
+@pytest.mark.parametrize("kind", [ProbeConfig, FinetuneConfig])
+def test_every_option_says_whether_results_depend_on_it(kind: type[Config]) -> None:
+    unmarked = {f.name for f in fields(kind) if not option_of(f).result}
+    assert unmarked <= NO_RESULT
+    written = {option_of(f).result for f in fields(kind)} - {True, False}
+    assert written <= {"recipes", "images", "splits", "metric", "positive", "head", "schedule"}
 
 
 def test_values_are_normalized() -> None:
@@ -52,6 +63,23 @@ def test_values_are_normalized() -> None:
 def test_bad_values_are_refused(kind: type[Config], options: dict[str, Any], code: str) -> None:
     with refused(UsageError, code):
         kind.make(None, options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "fix"),
+    [
+        (ExtractConfig, {"rows_per_shard": 9_999_999}, "--rows-per-shard 1048576"),
+        (ProbeConfig, {"lr": float("nan")}, "leave --lr out"),
+        (ProbeConfig, {"lr": float("inf")}, "leave --lr out"),
+        (FinetuneConfig, {"lr": 0.0}, "leave --lr out"),
+        (MapConfig, {"perplexity": float("nan")}, "--perplexity 30.0"),
+    ],
+)
+def test_advice_on_a_value_out_of_bounds_is_a_valid_one(kind: type[Config], options: dict[str, Any], fix: str) -> None:
+    with refused(UsageError, "option-bounds") as caught:
+        kind.make(None, options)
+    assert caught.value.fix == fix
+    assert "inf" not in str(caught.value.expected)
 
 
 def test_options_are_typed_as_they_are_read() -> None:

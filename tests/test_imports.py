@@ -25,7 +25,6 @@ LAYERS = (
     ("backbones", "data", "store", "runs"),
     ("extract",),
     ("probe", "finetune"),
-    ("testing",),
     ("results",),
     ("figures",),
     ("study", "report", "maintain"),
@@ -34,13 +33,6 @@ LAYERS = (
     ("__main__", "testing"),
 )
 BESIDE = {("finetune", "probe"), ("backbones", "data")}
-# Still to be taken apart.
-_KNOWN = {
-    ("results", "embcache.figures.plots"), ("results", "embcache.figures.plots.Curve"),
-    ("results", "embcache.figures.plots.CurvePanel"), ("results", "embcache.figures.plots.plot_curves"),
-    ("results", "embcache.figures.neighbors"), ("results", "embcache.figures.neighbors.draw_pictures"),
-    ("runs", "embcache.probe.metrics"), ("runs", "embcache.probe.metrics.find_metric"),
-}  # fmt: skip
 FORBIDDEN_MODULES = {
     "data": {"torch", "torchvision", "timm", "matplotlib"},
     "store": {"torch", "torchvision", "timm", "matplotlib"},
@@ -71,7 +63,7 @@ def test_imports_point_one_way() -> None:
             target = name.split(".")[1]
             if ((PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").is_file()) and part not in _BASE:
                 lower = height[target] < height[part] or (part, target) in BESIDE
-                assert target == part or lower or (part, name) in _KNOWN, f"{module} imports {name}"
+                assert target == part or lower, f"{module} imports {name}"
             assert part not in _BASE or target in _BASE, f"{module} imports {name}"
         for forbidden in FORBIDDEN_MODULES.get(part, ()):
             assert not f"{name}.".startswith(forbidden + "."), f"{module} imports {name}"

@@ -12,8 +12,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "embcache"
 MOST_PARAMETERS = 8
+GOAL = 27_000  # lines
+# Modules that may ask what an object has, how often, and of what.
+PROBING = {
+    "embcache": 1, "embcache.cli": 1, "embcache.registry": 1,  # a name in a module
+    "embcache.backbones.timm_models": 4, "embcache.figures.attention": 5,  # a network of timm; errors of urllib
+    "embcache.backbones.weights": 2, "embcache.commands.output": 3,  # a stream; errors of the system
+    "embcache.cores": 2, "embcache.data.budget": 3, "embcache.data.formats": 2, "embcache.io": 4,  # os, sys and libc
+    "embcache.data.dataset": 1, "embcache.fields": 4, "embcache.probe.schedule": 1, "embcache.probe.stack": 1,
+    "embcache.testing": 1,  # fields of dataclasses
+    "embcache.data.images": 1, "embcache.probe.heads.solved": 1,  # an image of Pillow, an estimator of scikit-learn
+}  # fmt: skip
 # Bounds that hold already; a measure without one is only printed.
+PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
+    "lines": 34_000,  # the goal is `GOAL`
+    "files": 140,
+    PROBES: 0,
     "files of more than 600 lines": 0,
     f"functions of more than {MOST_PARAMETERS} parameters": 0,
     "import cycles": 0,
@@ -97,7 +112,8 @@ def measure() -> dict[str, list[str] | int]:
     files = [path for path in PACKAGE.rglob("*.py")]
     graph = {name: imports(name, tree, set(trees)) for name, tree in trees.items()}
     nodes = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
-    wide, probes, classes, bare = [], [], [], []
+    wide, classes, bare = [], [], []
+    probes: dict[str, list[str]] = {}
     for name, node in nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _parameters(node) > MOST_PARAMETERS:
             wide.append(f"{name}.{node.name} ({_parameters(node)})")
@@ -105,7 +121,7 @@ def measure() -> dict[str, list[str] | int]:
             classes.append(node.name)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in ("hasattr", "getattr"):
-                probes.append(f"{name}:{node.lineno} {ast.unparse(node)[:80]}")
+                probes.setdefault(name, []).append(f"{name}:{node.lineno} {ast.unparse(node)[:80]}")
             keys = {keyword.arg for keyword in node.keywords}
             if node.func.id.endswith("Error") and keys & {"fix", "found", "expected", "where"} and "code" not in keys:
                 bare.append(f"{name}:{node.lineno}")
@@ -118,7 +134,7 @@ def measure() -> dict[str, list[str] | int]:
         "import cycles": [" ".join(group) for group in cycles(graph)],
         "duplicate file names": _doubles([path.name for path in files if not path.name.startswith("__")]),
         "duplicate class names": _doubles([name for name in classes if not name.startswith("_")]),
-        "hasattr and getattr (of os, torch, timm, streams and dataclass fields)": probes,
+        PROBES: [place for name, places in probes.items() for place in places[PROBING.get(name, 0) :]],
         "errors without a code": bare,
         "lines of tests": sum(path.read_text("utf-8").count("\n") for path in (ROOT / "tests").rglob("*.py")),
     }
@@ -132,7 +148,8 @@ def main() -> int:
         bound = BOUNDS.get(name)
         late = bound is not None and count > bound
         failed += late
-        print(f"{count:>7,}  {name}" + (f"  (at most {bound:,})" if late else ""))
+        goal = f"  (the goal: {GOAL:,})" if name == "lines" else ""
+        print(f"{count:>7,}  {name}" + (f"  (at most {bound:,})" if late else goal))
         if isinstance(found, list) and ("--list" in sys.argv or late):
             print("\n".join(f"           {each}" for each in found))
     return int(failed > 0 and "--check" in sys.argv)

@@ -5,10 +5,12 @@ Prose is plain technical English (see CONTRIBUTING). `--count` prints the number
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,12 @@ AVOID = {
     r"\b\w+(al|t|ial|gn|ar|im)is(e|es|ed|ing)\b": "-ize",
     r"\blicence\b|\bbehaviour|\bfavour|\bartefact|\banalys(e|ed|es|ing)\b|isation(s|al)?\b": "American spelling",
 }
+# The same for prose alone: Markdown, and texts in code that are no docstrings, or are the help of a command.
+PROSE = {
+    r"\bwhose\b": "with, of which",
+    r"\btold\b": "reported, known",
+    r"\bbear(s|ing)?\b": "have, carry",
+}
 # Names of others, and the list itself.
 SKIP = re.compile(r"^(CHANGELOG\.md|docs/log\.md|tools/words\.py|LICENSE)$")
 # Spelled so by others: libraries, formats, papers, Kaggle.
@@ -50,16 +58,40 @@ ALLOWED = re.compile(
 )
 
 
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a page, or of the texts in a module of the package that users see."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".py":
+        yield from enumerate(text.splitlines(), 1)
+    if path.suffix != ".py" or "embcache" not in path.relative_to(ROOT).parts[:1]:
+        return
+    tree = ast.parse(text)
+    unseen = {
+        id(part.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for part in node.body
+        if isinstance(part, ast.Expr)
+        and not (isinstance(node, ast.FunctionDef) and node.decorator_list and path.parent.name == "commands")
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in unseen:
+            yield from enumerate(node.value.splitlines(), node.lineno)
+
+
 def main() -> int:
     """Print every line with a word to avoid, and what to write instead."""
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.j2"], cwd=ROOT, capture_output=True, text=True)
     patterns = {re.compile(pattern, re.IGNORECASE): instead for pattern, instead in AVOID.items()}
+    prose = {re.compile(pattern, re.IGNORECASE): instead for pattern, instead in PROSE.items()}
     counts: Counter[str] = Counter()
     for name in listed.stdout.split():
         if SKIP.match(name) or not (ROOT / name).is_file():
             continue
-        for number, line in enumerate((ROOT / name).read_text("utf-8").splitlines(), 1):
-            for pattern, instead in patterns.items():
+        lines = enumerate((ROOT / name).read_text("utf-8").splitlines(), 1)
+        checked = [(patterns, each) for each in lines] + [(prose, each) for each in texts(ROOT / name)]
+        for avoided, (number, line) in checked:
+            for pattern, instead in avoided.items():
                 found = pattern.search(ALLOWED.sub("", line))
                 if found:
                     counts[found[0].lower()] += 1

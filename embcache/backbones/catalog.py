@@ -210,13 +210,22 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
     if ":" in name and not imports:
         raise UsageError(
             f"the backbone {name} is code, which is not imported because a file names it", code="backbone-not-imported",
-            found=name, expected="a registered backbone, or the same name on the command line",
-            fix=(f"--trust {name}", f"--backbone {name}", "announce it as an entry point of embcache.backbones"),
+            found=name, expected="a registered backbone",
+            fix=(f"--trust {name}", f"--backbone {name}", "register it by an entry point of its package"),
         )  # fmt: skip
     if ":" not in name and name not in backbones:
         raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME")
     found = backbones.get(name)
-    made: object = found if isinstance(found, Backbone) else found()
+    made: object = found
+    if callable(found):
+        try:
+            made = found()
+        except Exception as error:  # whatever code of the user raises
+            raise UsageError(
+                f"{name} raised an error instead of making a backbone", code="backbone-function",
+                found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300], where=name,
+                expected="a function without arguments that returns a Backbone",
+            ) from error  # fmt: skip
     if not isinstance(made, Backbone):
         raise UsageError(
             f"{name} does not make a backbone", code="backbone-type", expected="a Backbone, as from_module makes one",

@@ -141,7 +141,7 @@ def _read(path: Path, file: IO[bytes]) -> object:
             return _read_pickle(link, mmap=True)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         if int.from_bytes(head[:8], "little") > _MOST_HEADER:
-            raise _BrokenError(f"a safetensors file whose header has more than {_MOST_HEADER:,} bytes")
+            raise _BrokenError(f"a safetensors file with a header of more than {_MOST_HEADER:,} bytes")
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:
@@ -176,7 +176,7 @@ def _check_zip(path: Path, file: IO[bytes]) -> None:
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise _BrokenError("a compressed zip archive")
             if sum(record.file_size for record in records) > path.stat().st_size:
-                raise _BrokenError("a zip archive whose records claim more bytes than the file has")
+                raise _BrokenError("a zip archive with records that claim more bytes than the file has")
             damaged = archive.testzip()
             names = [record.filename for record in records]
             if len(set(names)) < len(names):
@@ -217,7 +217,7 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
         # A tensor may be of another kind, without values, or repeat one value over any shape.
         plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not plain or value.numel() * value.element_size() > size:
-            raise _BrokenError(f"{key} is no plain tensor whose values the file holds")
+            raise _BrokenError(f"{key} is no plain tensor with its values in the file")
     return {key: value.detach() for key, value in state.items()}
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import Answer, Skip, check_one, command, echo_nothing
+from embcache.commands.options import Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
 from embcache.commands.output import (
     ProgressBar,
+    counted,
     echo,
     echo_pairs,
     print_note,
@@ -55,7 +56,7 @@ def ls(*, dataset: list[str], home: Path | None) -> Answer:
             echo_nothing("nothing is cached", dataset, home)
             echo("\n".join([*unfinished, "try: embcache demo"]))
             return
-        notes = [f"in {home_dir(home)}: {size_words(sum(s.bytes for s in stores))} in {len(stores)} stores"]
+        notes = [f"in {home_dir(home)}: {size_words(sum(s.bytes for s in stores))} in {counted(len(stores), 'store')}"]
         if runs:
             counts = ", ".join(f"{name} {number}" for name, number in runs.items())
             notes.append(f"runs: {counts} (embcache results)")
@@ -137,7 +138,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
     state = f"{summary.owed:,} images to go" if summary.owed else "complete"
     alike = dict[str, list[int]]()  # shards that were not computed with the store's settings
     for number, made in answer.otherwise.items():
-        words = f"batch {made.batch_size or store.batch_size}, {made.threads or store.threads} threads"
+        words = f"batch {made.batch_size or store.batch_size}, {counted(made.threads or store.threads, 'thread')}"
         alike.setdefault(words, []).append(number)
     shards = f"{answer.shards} of up to {store.rows_per_shard} rows"
     superseded = f"{answer.superseded:,}" if answer.superseded else "none"
@@ -157,8 +158,8 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
         ("rows", f"{superseded} superseded, {summary.quarantined:,} quarantined"),
         *((f"  {id_}", reason) for id_, reason in bad[:20]),
         ("  …", f"and {len(bad) - 20:,} more (--json - lists all)" if len(bad) > 20 else ""),
-        ("shards", f"{shards}, {len(answer.uncommitted)} planned and not there"),
-        ("created with", f"batch size {store.batch_size}, {store.threads} threads, runtime {store.runtime}"),
+        ("shards", f"{shards}, {len(answer.uncommitted)} planned but not computed"),
+        ("created with", f"batch size {store.batch_size}, {counted(store.threads, 'thread')}, runtime {store.runtime}"),
         *((f"  {name}", value) for name, value in store.provenance.items()),
         *(
             ("computed with", f"{words}: {len(numbers)} of {answer.shards} shards, the first {numbers[0]:06d}")
@@ -181,9 +182,11 @@ def _flat(transform: Mapping[str, Any]) -> list[tuple[str, Any]]:
 @command()
 def export(
     *,
-    target: Annotated[Path, typer.Argument(help="File to write: .npz, .parquet, .csv, .zarr or .h5.")],
-    backbone: list[str],
-    dataset: list[str],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="File to write: .npz, .parquet, .csv, .zarr or .h5.")
+    ],
+    backbone: OneBackbone,
+    dataset: OneDataset,
     home: Path | None,
     config: ExportConfig,
     ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target")],
@@ -378,7 +381,7 @@ class _Verification:
         from embcache.store.reading import recipe_fix, repair_command
 
         state = f"{len(check.damage)} damaged" if check.damage else "no damage"
-        left = f", {check.planned:,} rows planned and not computed yet" if check.planned else ""
+        left = f", {check.planned:,} rows planned but not computed" if check.planned else ""
         self.show(
             f"{check.dataset}/{check.path.name}: {state}; {check.shards:,} shards, {check.rows:,} rows, "
             f"{check.files:,} files, {size_words(check.bytes)} read{left}"
@@ -539,7 +542,7 @@ def _diagnosis(found: Diagnosis) -> list[tuple[str, object]]:
         ("machine", f"{box['system']}, {box['processor']}"),
         ("  cores", f"{box['cores']} of {box['cores_of_machine']}{memory}{free}"),
         ("  features", ", ".join(box["features"]) or "not known"),
-        ("  torch", f"{box['kernels']} kernels on {box['torch_threads']} threads"),
+        ("  torch", f"{box['kernels']} kernels on {counted(box['torch_threads'], 'thread')}"),
         *(("device", _device(device)) for device in found.devices),
         ("decoding", f"{speed['one_thread']:.0f} images/s of {speed['image']} by one thread, "
          f"{speed['all_threads']:.0f} by {speed['threads']} ({box['decoder']})"),

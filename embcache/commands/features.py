@@ -184,9 +184,9 @@ def rank(
 ) -> Answer:
     """Score every cached backbone in seconds, without training, to see which ones are worth probing.
 
-    LogME, nearest centroid and k-NN, by whose mean rank rows are ordered, and the H-score, on training images only,
-    beside the linear probes that are saved and the rank correlation with them. Without --dataset every dataset whose
-    features are cached.
+    Rows are ordered by the mean rank of LogME, nearest centroid and k-NN; the H-score is shown too. Only training
+    images are used. Saved linear probes and their rank correlation are shown for comparison. By default, all datasets
+    with cached features are ranked.
 
     Example: embcache rank --dataset pneumonia
     """
@@ -222,7 +222,7 @@ def _print_ranking(ranking: Ranking, home: Path | None) -> None:
         rows.append([row.backbone, *shown, f"{row.place:.2f}", *probes])
     echo(
         f"{ranking.dataset}: subset {ranking.subset}, {ranking.n_train:,} training images per fold, "
-        f"{ranking.labels_used:,} labels used in all"
+        f"{ranking.labels_used:,} labels used in total"
     )
     print_table([*headers, *(f"linear {s} ({ranking.probe_labels[s]:,} labels)" for s in subsets)], rows)
     ordering = "LogME" if math.isnan(ranking.rows[0].knn) else "LogME, nearest centroid and k-NN"
@@ -257,7 +257,8 @@ def similarity(
 ) -> Answer:
     """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
 
-    Low values mean embeddings that complement each other. Without --dataset every dataset with two backbones cached.
+    Low values mean embeddings that complement each other. By default, all datasets with two cached backbones are
+    compared.
 
     Example: embcache similarity --dataset pneumonia
     """

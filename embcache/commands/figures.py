@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from embcache.commands.options import Answer, Only, Skip, check_one, check_suffix, command
+from embcache.commands.options import Answer, OneBackbone, OneDataset, Only, Skip, check_one, check_suffix, command
 from embcache.commands.output import (
     ProgressBar,
     echo,
@@ -155,7 +155,7 @@ def curves(
     *,
     dataset: list[str],
     backbone: list[str],
-    head: Annotated[list[str], "NAME", "Only results of these heads."],
+    head: Annotated[list[str], "NAME[,NAME…]", "Only results of these heads."],
     kind: Annotated[list[str], "probe|finetune|kaggle", "Only results of this kind."],
     metric: list[str],
     home: Path | None,
@@ -228,7 +228,7 @@ def report(
 @command()
 def tsne(
     *,
-    dataset: list[str],
+    dataset: OneDataset,
     backbone: list[str],
     output: Figures,
     coordinates: Annotated[Path | None, "FILE", "Write the points: CSV, or Parquet by its suffix."] = None,
@@ -264,7 +264,7 @@ def tsne(
 
 
 def _one_dataset(dataset: list[str], ref: DatasetRef, home: Path | None) -> ImageDataset:
-    check_one(dataset, (), "--dataset NAME")
+    check_one(dataset, None, "--dataset NAME")
     from embcache.data.classes import change_notes
     from embcache.figures.shown import open_dataset
 
@@ -308,7 +308,7 @@ def attention(
     *,
     run: Annotated[str | None, "ID", "Run of dvme or dvme-token: ID or a unique prefix."] = None,
     image: Annotated[Path | None, "FILE", "Instead of a run: one image file."] = None,
-    backbone: list[str],
+    backbone: OneBackbone,
     output: Figures,
     home: Path | None,
     config: AttentionConfig,
@@ -323,7 +323,7 @@ def attention(
     Example: embcache attention --run dvme-F-1a2b   ·   embcache attention --image xray.png --backbone dino
     """
     if (run is None) == (image is None):
-        raise UsageError("attention of a run, or in an image", code="nothing-named",
+        raise UsageError("name a run or an image", code="nothing-named",
                          expected="--run ID or --image FILE", fix="embcache results")  # fmt: skip
     if image is None and (config.weights is not None or config.transform is not None or backbone):
         raise UsageError("--backbone, --weights and --transform go with --image", code="unused-option",
@@ -392,7 +392,7 @@ def _print_attention(found: RunAttention) -> None:
 def neighbors(
     *,
     image: Annotated[str, "ID", "ID of a cached image, or a unique end of it."],
-    dataset: list[str],
+    dataset: OneDataset,
     backbone: list[str],
     output: Figures,
     home: Path | None,
@@ -433,8 +433,8 @@ def neighbors(
 @command()
 def audit(
     *,
-    dataset: list[str],
-    backbone: list[str],
+    dataset: OneDataset,
+    backbone: OneBackbone,
     output: Annotated[Path | None, "FILE.csv", "Write the IDs of training images to leave out, and why."] = None,
     show: Annotated[int, "N", "Number of lines to print of each list."] = 10,
     home: Path | None,

@@ -28,6 +28,13 @@ def _check_json(target: str | None) -> str | None:
     return target
 
 
+METRICS = (
+    "auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, npv, "
+    "sensitivity_at_95_specificity, …"
+)
+OneDataset = Annotated[list[str], "NAME", "Name of the dataset. See `embcache datasets`."]
+OneBackbone = Annotated[list[str], "NAME", "Name of the backbone. See `embcache backbones`."]
+
 _SHARED: dict[str, tuple[str, str, Callable[..., Any] | None]] = {
     "home": ("FOLDER", "Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]", None),
     "dataset": (
@@ -39,12 +46,7 @@ _SHARED: dict[str, tuple[str, str, Callable[..., Any] | None]] = {
     "subset": (
         "S,M,F,N", "S, M, F or a number of training images; repeatable or comma-separated. [default: S]", None
     ),
-    "metric": (
-        "NAME[,NAME…]",
-        "auc, accuracy, balanced_accuracy, f1, mcc, kappa, auprc, brier, log_loss, sensitivity, specificity, ppv, "
-        "npv, sensitivity_at_95_specificity, …; the first one chooses epochs. [default: that of the dataset]",
-        None,
-    ),
+    "metric": ("NAME[,NAME…]", f"{METRICS}. [default: that of each run]", None),
     "recipe": ("PREFIX", RECIPE, None),
     "json": ("FILE|-", "Write the answer as JSON to FILE, or to stdout with -.", _check_json),
 }  # fmt: skip
@@ -212,19 +214,21 @@ def check_suffix(path: Path, flag: str, *suffixes: str) -> Path:
     suffix = path.suffix.lower()
     if suffix and suffix not in suffixes and not (path.exists() and not path.is_file()):
         raise UsageError(
-            f"the suffix {path.suffix} says something else than would be written", code="output-suffix",
+            f"the suffix {path.suffix} does not match the format", code="output-suffix",
             expected=" or ".join(suffixes) or "the name of a folder", found=str(path), where=flag,
             fix=f"{flag} {path.with_suffix(suffixes[0] if suffixes else '')}",
         )  # fmt: skip
     return path
 
 
-def check_one(dataset: Sequence[str], backbone: Sequence[str], fix: str, *, cached: bool = False) -> None:
-    """`UsageError` unless one dataset is named, and one backbone at most, or exactly with ``cached``."""
-    if len(dataset) != 1 or len(backbone) > 1 or (cached and not backbone):
+def check_one(dataset: Sequence[str], backbone: Sequence[str] | None, fix: str, *, cached: bool = False) -> None:
+    """`UsageError` unless one dataset is named, and one backbone at most (None: any), or exactly with ``cached``."""
+    if len(dataset) != 1 or len(backbone or ()) > 1 or (cached and not backbone):
+        given = {"datasets": dataset} if backbone is None else {"datasets": dataset, "backbones": backbone}
         raise UsageError(
-            "this command is for one backbone over one dataset", code="export-one-store" if cached else "one-dataset",
-            found=f"datasets: {', '.join(dataset) or 'none'}; backbones: {', '.join(backbone) or 'none'}",
+            f"this command is for {'' if backbone is None else 'one backbone and '}one dataset",
+            code="export-one-store" if cached else "one-dataset",
+            found="; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in given.items()),
             fix=f"{fix}   (embcache ls lists what is cached)",
         )  # fmt: skip
 

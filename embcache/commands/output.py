@@ -166,6 +166,11 @@ def echo_notes(notes: Iterable[str]) -> None:
         echo(f"· {note}")
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 store``, ``2 stores``."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def size_words(number: int) -> str:
     """A number of bytes as people say it: ``12.3 MB``."""
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
@@ -179,11 +184,14 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     return _lay_out(headers, [[_text(value) for value in row] for row in rows])
 
 
+_KEPT = ("run", "id", "mean ± sd", "difference")  # columns that a narrow terminal shows, too
+
+
 def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int, *, drop: bool = True) -> str:
     """A table that fits a terminal.
 
     Columns in which all rows agree stand once above the table. Text is wrapped; if that is not enough, columns at the
-    right are left out where ``drop`` allows it, but never IDs. A single row becomes one line per column.
+    right are left out where ``drop`` allows it, but never IDs and scores. A single row becomes one line per column.
     """
     cells = [[_text(value) for value in row] for row in rows]
     if not cells:
@@ -199,7 +207,7 @@ def fit_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: i
     while shown:
         names, part = [headers[k] for k in shown], [[row[k] for k in shown] for row in cells]
         limits = _limits(names, part, width)
-        droppable = [k for k in shown[1:] if drop and headers[k] not in ("run", "id")]
+        droppable = [k for k in shown[1:] if drop and headers[k] not in _KEPT]
         if limits is not None or not droppable:
             break
         left_out.insert(0, headers[droppable[-1]])

@@ -21,7 +21,7 @@ from embcache.commands.output import (
     print_table,
 )
 from embcache.config import DatasetRef, PredictConfig
-from embcache.errors import EmbcacheError, check_choice
+from embcache.errors import EmbcacheError, check_choice, check_number
 from embcache.io import check_target, write_output
 
 RunOption = Annotated[str, "RUN", "Run ID, or a unique prefix. See `embcache results`."]
@@ -35,7 +35,7 @@ def predict(
     run: RunOption,
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE|FOLDER|TABLE…]", help="Images, folders that are searched, or tables of paths."),
+        typer.Argument(metavar="IMAGE|FOLDER|TABLE", help="Images, folders that are searched, or tables of paths."),
     ] = None,
     dataset: Annotated[str | None, "NAME", "Predict all images of a dataset instead."] = None,
     output: Annotated[Path | None, "-o FILE", "CSV to write. [default: to stdout]"] = None,
@@ -172,12 +172,7 @@ def _check_folder(output: Path) -> None:
 def errors(
     *,
     run: RunArgument,
-    most: Annotated[
-        int | None,
-        typer.Option(
-            "--most", metavar="N", min=1, help="List only the N most confident mistakes. [default: all; sheet: 24]"
-        ),
-    ] = None,
+    most: Annotated[int | None, "N", "List only the N most confident mistakes. [default: all; sheet: 24]"] = None,
     output: Annotated[
         list[str],
         "FILE[,FILE…]",
@@ -201,6 +196,8 @@ def errors(
     from embcache.results.decisions import find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
 
+    if most is not None:
+        check_number("--most", most, 1, 1_000_000)
     targets = figure_targets(output, ".csv")
     for target in targets:
         check_target(target)

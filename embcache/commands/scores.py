@@ -232,7 +232,7 @@ def _print_scores(found: Described) -> None:
         for name, e in estimates.items():
             title = "" if name else metric_title(key, e.positive)
             first, second = bounds(e.these_models), bounds(e.new_model)
-            alone = "not known of one model" if e.why == "one model" else e.why
+            alone = "needs several models" if e.why == "one model" else e.why
             missing = [e.why, ""] if not first else [first, second or alone]
             rows.append([title, name or "mean of the models", spread(e.mean, e.std), *missing])
         if key == "accuracy" and found.result.majority is not None:
@@ -288,7 +288,7 @@ def _value(v: Value) -> str:
     return f"{v.value:.4f}" + (f" ({bounds(v.interval)})" if v.interval else "")
 
 
-Runs = Annotated[list[str], typer.Argument(metavar="RUN…", help="Run IDs; each can be abbreviated to a unique prefix.")]
+Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Run IDs; each can be abbreviated to a unique prefix.")]
 
 
 @command(table=True)
@@ -313,7 +313,7 @@ def compare(
 
     def show() -> None:
         headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]
-        headers += ["difference", "95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
+        headers += ["difference", "its 95 % interval", "p", "p (Holm)", *(["p (margin)"] if margin is not None else [])]
         lines = []
         for row in rows:
             name, d = metric_title(row.metric, row.estimate.positive), row.difference
@@ -380,7 +380,7 @@ def subgroups(
     def show() -> None:
         compared = any(row.difference is not None for row in rows)
         headers = ["run", "labels used", "column", "value", "images", "groups", "metric", "mean ± sd", "95 % interval"]
-        headers += ["difference", "95 % interval", "p (Holm)"] if compared else []
+        headers += ["difference", "its 95 % interval", "p (Holm)"] if compared else []
         lines = []
         for row in rows:
             score = f"too few: no {', '.join(row.lacks)}" if row.mean is None else spread(row.mean, row.std)

@@ -39,7 +39,7 @@ def demo(*, home: Path | None) -> None:
     test = int((outcome.dataset.table["split"] == "test").sum())
     echo(f"\nsynthetic sample: {first.metric} on {test} test images, mean ± sd over {len(first.folds)} folds\n")
     print_table(*pivot_results(outcome.results), notes=[
-        "the images are synthetic, drawn by embcache: the scores say nothing about medicine",
+        "the images are synthetic, drawn by embcache: a score says nothing about real tissue",
         "labels of each fold: training + validation",
     ])  # fmt: skip
     echo()
@@ -58,7 +58,7 @@ The backbones of the paper: embcache backbones        The datasets of the paper:
 def datasets(
     *,
     name: Annotated[
-        str | None, typer.Argument(help="Show this dataset in full: classes, groups, missing images.")
+        str | None, typer.Argument(metavar="NAME", help="Show this dataset in full: classes, groups, missing images.")
     ] = None,
     home: Path | None,
     ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
@@ -168,7 +168,7 @@ def _print_survey(dataset: ImageDataset) -> None:
 
     description, download = _description(dataset)
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
-    echo(f"{dataset.name}: {description}{' — synthetic' if dataset.synthetic else ''}")
+    echo(f"{dataset.name}: {description}")
     echo(f"in {dataset.root}; metric {dataset.metric}; training images {sizes}, F = all\n")
     survey, missing, notes = _survey(dataset), dataset.missing, list(dataset.notes)
     splits = survey["groups"]
@@ -192,9 +192,7 @@ def _print_survey(dataset: ImageDataset) -> None:
 @command(table=True)
 def backbones(
     *,
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these, with all details.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these, with all details.")] = None,
     home: Path | None,
 ) -> Answer:
     """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
@@ -203,7 +201,10 @@ def backbones(
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
     """
     named = split_list(names)
-    chosen = [find_backbone(name) for name in named or [*BACKBONES, *sorted(set(registry) - set(BACKBONES))]]
+    chosen = [find_backbone(name) for name in named]
+    if not named:
+        found = dict(registry.each(find_backbone))
+        chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
     statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
 
     def show_details() -> None:
@@ -225,7 +226,7 @@ def backbones(
         }
         print_objects(chosen, columns, notes=(
             "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
-            "for details of one type: embcache backbones NAME",
+            "details: embcache backbones NAME",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
         ))  # fmt: skip
 
@@ -267,15 +268,16 @@ def heads() -> Answer:
     """
     from embcache.probe.heads import find_head, heads
 
-    rows = []
-    for name in heads:
+    def row_of(name: str) -> dict[str, Any]:
         head = find_head(name)
         # Table G1's sizes: five classes on a ResNet-50's features, or on those of SimCLR, SwAV and DINO.
         dims = {"simclr": 2048, "swav": 2048, "dino": 1536} if head.fuses else {"resnet50": 2048}
-        rows.append({
+        return {
             "head": name, "backbones": "several" if head.fuses else "one",
             "parameters": head.count_parameters(dims, 5), "options": asdict(head), "summary": head.summary,  # type: ignore[call-overload]
-        })  # fmt: skip
+        }  # fmt: skip
+
+    rows = [row for _, row in heads.each(row_of)]
     columns = {
         "head": "{0[head]}",
         "backbones": "{0[backbones]}",

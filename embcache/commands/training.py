@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embcache.commands.options import Answer, Skip, check_named, check_suffix, command, load_named, print_next
+from embcache.commands.options import (
+    METRICS,
+    Answer,
+    OneBackbone,
+    Skip,
+    check_named,
+    check_suffix,
+    command,
+    load_named,
+    print_next,
+)
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
 from embcache.commands.scores import in_metrics, print_results
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
@@ -21,6 +31,10 @@ if TYPE_CHECKING:
     from embcache.probe.protocol import Splits
     from embcache.runs.folders import Result
 
+Metrics = Annotated[
+    list[str], "NAME[,NAME…]", f"{METRICS}; the first one chooses epochs. [default: that of the dataset]"
+]
+
 
 @command(table=True)
 def probe(
@@ -29,7 +43,7 @@ def probe(
     dataset: list[str],
     backbone: list[str],
     home: Path | None,
-    metric: list[str],
+    metric: Metrics,
     config: Annotated[ProbeConfig, Skip("metric")],
     ref: DatasetRef,
 ) -> Answer:
@@ -48,14 +62,20 @@ def probe(
     for name in names:
         if name not in heads and ":" not in name:
             raise heads.unknown(name)
-    configs = [replace(config, head=name, metric=metric[0] if metric else None) for name in names]
+    _check_metrics(metric)
+    config = replace(config, metric=metric[0] if metric else None)
+    configs = [replace(config, head=name, attention=config.attention if name == "dvme" else None) for name in names]
 
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
     found = []
     with ProgressBar("epoch") as bar:
-        for each in configs:
-            found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
+        try:
+            for each in configs:
+                found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
+        except (KeyboardInterrupt, SystemExit):
+            echo("\nstopped: finished results are saved; the same command computes only the others", err=True)
+            raise
     return _answer(in_metrics(found, metric, home))
 
 
@@ -65,13 +85,22 @@ def _answer(results: Sequence[Result]) -> Answer:
     return Answer([result.to_json() for result in results], lambda: print_results(results), following)
 
 
+def _check_metrics(names: Sequence[str]) -> None:
+    """Refuse an unknown metric before the training, not after it."""
+    from embcache.probe.metrics import find_metric
+
+    for name in names:
+        if ":" not in name:
+            find_metric(name, 2)
+
+
 @command(table=True)
 def finetune(
     *,
     backbone: list[str],
     dataset: list[str],
     subset: list[str],
-    metric: list[str],
+    metric: Metrics,
     home: Path | None,
     config: Annotated[FinetuneConfig, Skip("metric")],
     ref: Annotated[DatasetRef, Skip("target")],
@@ -83,11 +112,12 @@ def finetune(
 
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
+    _check_metrics(metric)
     from embcache.finetune.finetune import finetune as finetune_dataset
-    from embcache.probe.heads import make_head
+    from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET
 
-    fuses = {name: make_head(name).fuses for name in split_list(config.head)}
+    fuses = {name: find_head(name).fuses for name in split_list(config.head)}
     check_named("finetune", dataset=dataset, backbone=backbone or PAPER_SET * all(fuses.values()))
     if len(dataset) > 1 and (ref.data_root or ref.name or config.splits):
         raise UsageError(
@@ -119,16 +149,16 @@ def finetune(
     return _answer(in_metrics(results, metric, home))
 
 
-OneDataset = Annotated[str, "NAME", "Name; see `embcache datasets`."]
+DatasetName = Annotated[str, "NAME", "Name; see `embcache datasets`."]
 
 
 @command()
 def export(
     *,
-    dataset: OneDataset,
+    dataset: DatasetName,
     output: Annotated[str, "-o FILE|-", "File to write, or -."] = "-",
     subset: Annotated[list[str], "S,M,F,N", "Subsets, as in `embcache probe`. [default: S,M,F]"],
-    backbone: list[str],
+    backbone: OneBackbone,
     home: Path | None,
     config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],
     ref: Annotated[DatasetRef, Skip("target")],
@@ -167,10 +197,10 @@ def export(
 @command()
 def import_(
     *,
-    file: Annotated[Path, typer.Argument(help="File written by `embcache splits export`.")],
-    dataset: OneDataset,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File written by `embcache splits export`.")],
+    dataset: DatasetName,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: Annotated[DatasetRef, Skip("target", "name")],
 ) -> None:
     """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 

@@ -385,7 +385,7 @@ def _ages(name: str, ages: NDArray[np.float64]) -> Column:
         of[possible & (ages < upper)] = band
     present = set(of.tolist())
     impossible = int((~np.isnan(ages) & ~possible).sum())
-    notes = (f"{impossible:,} images whose {name} is below 0 or above {MAX_AGE:g} have none",) if impossible else ()
+    notes = (f"{impossible:,} images have no {name}: theirs is below 0 or above {MAX_AGE:g}",) if impossible else ()
     return Column(name, tuple(band for _, band in AGE_BANDS if band in present), of, notes)
 
 
@@ -399,5 +399,5 @@ def _quartiles(name: str, numbers: NDArray[np.float64], training: NDArray[np.boo
     band = np.searchsorted(np.array(cuts), numbers, side="left")  # NaN sorts last, beyond the names
     of = np.array([names[b] if there else "" for b, there in zip(band, known, strict=True)], dtype=object)
     present = set(of.tolist())
-    note = f"{name} is cut at quarters of the images whose split is train: {', '.join(f'{cut:g}' for cut in cuts)}"
+    note = f"{name} is cut at quarters of the images with the split train: {', '.join(f'{cut:g}' for cut in cuts)}"
     return Column(name, tuple(n for n in names if n in present), of, (note,) if cuts else ())

@@ -60,7 +60,7 @@ def own_array(file: Any, key: str) -> Any:
         return array
     raise DatasetError(
         "an array of an HDF5 file lies elsewhere, or is none, and is refused", code="array-elsewhere",
-        expected=f"an array {key!r} whose values the file itself holds",
+        expected=f"an array {key!r} with its values in the file itself",
         found=f"a {type(array).__name__}, linked, external or virtual", where=file.filename,
         fix="download it again, or copy the values into one file",
     )  # fmt: skip

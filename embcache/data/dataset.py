@@ -61,7 +61,8 @@ class ImageDataset:
         Folder that the paths are relative to (None for a table without files).
     class_names : tuple of str
         Class ``c`` of ``table.label`` is ``class_names[c]``.
-    metric : {"auc", "macro_auc", "kappa"}
+    metric : str
+        As `embcache.probe.metrics.find_metric` takes it: ``auc``, ``macro_auc``, ``kappa`` or another registered name.
     augment : {"patch", "fundus", "chest", "generic"}
         The augmentation that finetuning uses.
     table : DataFrame
@@ -235,6 +236,8 @@ class ImageDataset:
             (target,) = typed(list[Classes], meta.pop("targets"), "targets")
             if target != Classes(target.names):
                 raise ValueError(f"a target of kind {target.kind!r:.40}")
+            if ":" in str(meta["metric"]):  # it would be imported
+                raise ValueError(f"a metric called {meta['metric']!r:.40}")
             return cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta))
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise damaged("not a dataset snapshot", None, str(error).split("\n")[0]) from error
@@ -331,6 +334,11 @@ def find_dataset(name: str, ref: DatasetRef = DatasetRef(), home: PathLike | Non
     """
     found, state = _find(name, ref, home)
     return with_ref(found, ref), state
+
+
+def named_dataset(dataset: ImageDataset | str, home: PathLike | None = None) -> ImageDataset:
+    """The dataset itself, or the one of a name, live or from its snapshot."""
+    return find_dataset(dataset, home=home)[0] if isinstance(dataset, str) else dataset
 
 
 def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = False) -> tuple[ImageDataset, str]:

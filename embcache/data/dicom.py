@@ -139,7 +139,7 @@ def _inflated(data: bytes) -> bytes:
         return data
     start = 144 + int.from_bytes(data[140:144], "little")  # after the preamble and the group that says how to read on
     if data[132:140] != b"\x02\0\0\0UL\x04\0" or _DEFLATED not in data[:start]:
-        raise unsupported("a deflated DICOM file whose header does not say where it ends")
+        raise unsupported("a deflated DICOM file with a header that does not say where it ends")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     body = unpacker.decompress(data[start:], _MOST_INFLATED)
     if unpacker.unconsumed_tail:
@@ -167,9 +167,9 @@ def _frame(pydicom: Any, file: Any) -> tuple[npt.NDArray[Any], str]:
         )
         values = str(properties["photometric_interpretation"])
     if frame.shape[:2] != (int(file.Rows), int(file.Columns)) or frame.shape[2:] != ((3,) if values == "RGB" else ()):
-        raise broken(f"a DICOM file of {values} whose frame has the shape {frame.shape}"[:120])
+        raise broken(f"a DICOM file of {values} with a frame of the shape {frame.shape}"[:120])
     if values not in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"):
-        raise unsupported(f"a DICOM file whose photometric interpretation {values!r} is not decoded"[:120])
+        raise unsupported(f"a DICOM file with the photometric interpretation {values!r}, which is not decoded"[:120])
     return (_stored(file, frame) if own and int(file.BitsAllocated) > 1 else frame), values
 
 
@@ -184,7 +184,7 @@ def _encoded(pydicom: Any, file: Any) -> bytes:
             raise broken("a DICOM frame of more run-length codes than it has pixels")
     elif (size := codestream_size(frame)) != (columns, rows):
         stated = f"{size[0]}×{size[1]}" if size else "no sure size"
-        raise broken(f"a DICOM frame of {columns}×{rows} pixels whose compressed data state {stated}")
+        raise broken(f"a DICOM frame of {columns}×{rows} pixels with compressed data that state {stated}")
     if _PLUGINS.get(str(file.file_meta.TransferSyntaxUID), ("",))[0] == "gdcm":
         # Samples of another depth or number than the file says are written past the end of gdcm's buffer.
         _, _, bits, components, marker = jpeg_frame(frame) or (0,) * 5
@@ -192,7 +192,7 @@ def _encoded(pydicom: Any, file: Any) -> bytes:
         narrow = allocated == 8 and stored <= bits <= 8
         wide = allocated == 16 and max(stored, 9) <= bits <= 16
         if marker != _LOSSLESS or components != int(file.SamplesPerPixel) or not (narrow or wide):
-            raise unsupported(f"a DICOM frame whose lossless JPEG states {components} components of {bits} bits")
+            raise unsupported(f"a DICOM frame with a lossless JPEG that states {components} components of {bits} bits")
     return frame
 
 
@@ -223,7 +223,7 @@ def _stored(file: Any, frame: npt.NDArray[Any]) -> npt.NDArray[Any]:
     values = (kept.view(frame.dtype) >> (allocated - bits)).astype(frame.dtype, copy=False)
     overlays = [element for element in file.group_dataset(0x6000) if element.tag.element == 0x0102 and element.value]
     if shift == 0 and not overlays and (values != frame).any() and not _padding(file, frame)[values != frame].all():
-        raise broken(f"a DICOM file whose values need more than the {bits} bits that it says are stored")
+        raise broken(f"a DICOM file with values that need more than the {bits} bits that it says are stored")
     # Padding may be a value that the stored bits cannot hold.
     return np.where(_padding(file, frame), frame, values) if shift == 0 else values
 
@@ -381,7 +381,7 @@ def _check(pydicom: Any, file: Any, name: str, decoding: Decoding) -> None:
     if any(tag not in file for tag in ("Rows", "Columns", "PhotometricInterpretation")):
         raise unsupported("a DICOM file without an image")
     if min(int(file.Rows), int(file.Columns)) < 1:
-        raise broken("a DICOM file whose image has no pixels")
+        raise broken("a DICOM file with an image of no pixels")
     decoding.check_size(int(file.Columns), int(file.Rows))
     if "TransferSyntaxUID" not in file.file_meta:  # a file without the preamble; this is the standard's default
         file.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian

@@ -206,7 +206,7 @@ class Page:
         rows = min(one(278, self.height) or self.height, self.height)
         self.segment = (one(322, 0), one(323, 0)) if self.tiled else (self.width, rows)
         if self.width and self.height and min(self.segment) < 1:
-            raise broken("a TIFF whose strips or tiles have no size")
+            raise broken("a TIFF with strips or tiles of no size")
         empty = np.zeros(0, np.int64)
         places, sizes = (tags.get(tag) for tag in ((324, 325) if self.tiled else (273, 279)))
         self.offsets = (tags.get(273, empty) if places is None else places).astype(np.int64)
@@ -216,7 +216,7 @@ class Page:
         try:
             self.nodata = float(text) if text else None
         except ValueError:
-            raise broken(f"a TIFF whose NODATA value is no number: {text[:20]!r}") from None
+            raise broken(f"a TIFF with a NODATA value that is no number: {text[:20]!r}") from None
 
     @property
     def deep(self) -> bool:
@@ -255,7 +255,7 @@ def read_page(file: IO[bytes], decoding: Decoding) -> Page:
     file.seek(0)
     page = Page(chosen, number, pages, file.read(2) != b"II")
     if min(page.width, page.height) < 1:
-        raise broken("a TIFF whose image has no pixels")
+        raise broken("a TIFF with an image of no pixels")
     decoding.check_size(page.width, page.height)
     decoding.check_size(*page.segment)
     return page
@@ -281,7 +281,7 @@ def decode_page(data: bytes, page: Page) -> npt.NDArray[np.uint8]:
     if page.photometric == _PALETTE:
         table = page.colors.reshape(3, -1).T >> 8
         if len(table) != 1 << page.bits:
-            raise broken(f"a TIFF whose palette has {len(table)} colors for samples of {page.bits} bits")
+            raise broken(f"a TIFF with a palette of {len(table)} colors for samples of {page.bits} bits")
         return np.asarray(table[values].astype(np.uint8))
     inverted = page.photometric == _WHITE_IS_ZERO
     if page.deep:
@@ -306,7 +306,7 @@ def pillow_page(data: bytes, page: Page) -> Image.Image | None:
 
 def _refuse(page: Page) -> None:
     if page.kind == "?":
-        raise unsupported("a TIFF whose samples are complex numbers, or differ in depth or format")
+        raise unsupported("a TIFF with samples that are complex numbers, or differ in depth or format")
     if page.photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE):
         space = f"in color space {page.photometric}" if page.photometric >= 0 else "does not say what 0 means: it"
         raise unsupported(f"a TIFF of {page.bits} bits per sample {space} is not decoded")
@@ -357,7 +357,7 @@ def _assemble(data: bytes, page: Page) -> npt.NDArray[Any]:
             at = plane * across * down + index
             start, count = int(page.offsets[at]), int(page.counts[at])
             if start < 0 or count < 1 or start + count > len(data):
-                raise broken("a TIFF whose strips or tiles are missing, or beyond the end of the file")
+                raise broken("a TIFF with strips or tiles that are missing, or beyond the end of the file")
             channels = 1 if page.planar else page.samples
             part = _samples(data[start : start + count], page, rows, wide, channels)
             if out is None:
@@ -375,7 +375,7 @@ def _samples(packed: bytes, page: Page, rows: int, columns: int, channels: int) 
     per_row = -(-columns * channels * page.bits // 8)
     raw = _unpacked(packed, page, rows * per_row)
     if len(raw) < rows * per_row:
-        raise broken("a TIFF whose strip or tile is cut short")
+        raise broken("a TIFF with a strip or tile that is cut short")
     table = np.frombuffer(raw, np.uint8, rows * per_row).reshape(rows, per_row)
     shape, order = (rows, columns, channels), ">" if page.big_endian else "<"
     if page.predictor == 3:
@@ -443,7 +443,7 @@ def _directories(file: IO[bytes]) -> Iterator[dict[int, npt.NDArray[Any]]]:
         seen.add(at)
         entries = number(read(at, field))
         if entries > 4096 or at + field > size:
-            raise broken("a TIFF whose list of tags is broken")
+            raise broken("a TIFF with a broken list of tags")
         table, tags = read(at + field, entries * entry + width), {}
         for k in range(min(entries, len(table) // entry)):
             tag, kind = struct.unpack_from(order + "HH", table, k * entry)

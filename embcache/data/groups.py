@@ -133,7 +133,7 @@ def find_groups(
             return None, "", [*notes, f"no groups: {problem}: {seen}; --group-column NAME takes one"]
         raise DatasetError(
             problem, code="columns-ambiguous", found=seen, where=where,
-            expected="a column 'group', or the name of the one whose images must stay together",
+            expected="a column 'group', or the name of the column by which images stay together",
             fix=f"--group-column {shlex.quote(next(iter(candidates)))}",
         )  # fmt: skip
     guessed, column = not column, coarsest[0]

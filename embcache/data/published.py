@@ -102,7 +102,9 @@ class DatasetLayout:
         found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
         fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
         if self.draw is not None:
-            fix = "leave --data-root out, or name a folder that is not there yet: the images are drawn at first use"
+            fix = "name a folder that is not there yet with --data-root: the images are drawn at first use"
+            if not root.exists():
+                fix = f"embcache demo, or embcache extract --backbone random --dataset {self.name}"
         elif self.own_columns:
             fix = "name the folder, or a table, with --data-root"
         if self.download:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import embcache
@@ -26,7 +27,7 @@ from embcache.backbones.weights import weights_by_name
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
-from embcache.data.dataset import ImageDataset
+from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.images import DECODER_VERSION
 from embcache.errors import EmbcacheError, RecipeError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
@@ -68,7 +69,7 @@ class Extraction:
 
 def extract_features(
     backbones: str | Backbone | Sequence[str | Backbone],
-    dataset: ImageDataset,
+    dataset: ImageDataset | str,
     *,
     home: PathLike | None = None,
     config: ExtractConfig | None = None,
@@ -80,8 +81,8 @@ def extract_features(
     ----------
     backbones : str, Backbone, or a sequence of these
         One gives a store, a sequence gives a dict of them by name; images are decoded once for all.
-    dataset : ImageDataset
-        From :func:`embcache.load_dataset`.
+    dataset : ImageDataset or str
+        From :func:`embcache.load_dataset`, or the name of a cached one.
     home : path-like, optional
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     config : ExtractConfig, optional
@@ -107,7 +108,7 @@ def extract_features(
     StoreError
         The store cannot be read or written.
     """
-    one = isinstance(backbones, str | Backbone)
+    dataset, one = named_dataset(dataset, home), isinstance(backbones, str | Backbone)
     chosen = [backbones] if isinstance(backbones, str | Backbone) else list(backbones)
     done = extract(dataset, chosen, ExtractConfig.make(config, options), home=home)
     stores = {extraction.backbone: extraction.store for extraction in done}
@@ -179,11 +180,29 @@ def open_networks(
         loaded = load_backbone(spec, weights=weights.get(spec.name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
         networks.append(freeze(loaded, transform, device, config.precision, *views))
+        _check_output(networks[-1])
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
         if loaded.inferred:
             log.info(f"{spec.name}: {loaded.inferred}")
     return networks
+
+
+def _check_output(network: FrozenNetwork) -> None:
+    """Refuse a network of others whose features are not of the length it states, before any image is read."""
+    spec = network.backbone.spec
+    if spec.module is None:
+        return
+    try:
+        made: object = network.features(np.zeros((1, *network.transform.size, 3), np.uint8)).shape
+    except Exception as error:  # whatever code of the user raises
+        made = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+    if made != (1, spec.dim):
+        raise UsageError(
+            f"{spec.name} does not make the features that it states", code="backbone-output",
+            expected=f"(1, {spec.dim}) of one image", found=str(made),
+            fix="state its output as dim=…, and return one vector per image",
+        )  # fmt: skip
 
 
 def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig) -> OwedStore:
@@ -203,7 +222,7 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
         log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
     if not store.committed():
         _log_differences(store, files.folder)
-    plan = plan_store(store, dataset, files.root, files.scan, retry_quarantined=config.retry_quarantined)
+    plan = plan_store(store, dataset, files.scan, retry_quarantined=config.retry_quarantined)
     return OwedStore(store, plan, config.batch_size or store.batch_size)
 
 

@@ -87,7 +87,7 @@ def cache_pixels(
         )  # fmt: skip
         store = FeatureStore(path)
         write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
-        plan = plan_store(store, wanted, files.root, files.scan)
+        plan = plan_store(store, wanted, files.scan)
         files.keep()
         if owed := sum(len(shard.ids) for shard in plan.shards):
             size = f"{framing.size[1]}×{framing.size[0]}"
@@ -159,7 +159,7 @@ def current_pixels(dataset: ImageDataset, transform: Transform, files: DatasetFi
     if not path.is_dir():
         return None
     store = FeatureStore(path)
-    plan = plan_store(store, dataset, files.root, files.scan, publish=False)
+    plan = plan_store(store, dataset, files.scan, publish=False)
     stale = {id_ for shard in plan.shards for id_ in shard.ids}
     usable = (set(dataset.table["id"]) - stale) & set(store.digests)
     rows = {id_: row for row, id_ in enumerate(store.ids.tolist()) if id_ in usable}

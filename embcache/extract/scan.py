@@ -337,7 +337,6 @@ class Plan:
 def plan_store(
     store: FeatureStore,
     dataset: ImageDataset,
-    root: Path,
     scan: Scan,
     *,
     publish: bool = True,

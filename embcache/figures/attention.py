@@ -269,7 +269,7 @@ def class_attention(loaded: LoadedBackbone, transform: Transform, pixels: NDArra
 
 def _no_class_token(name: str) -> UsageError:
     return UsageError(
-        f"{name} has no class token whose attention could be shown", code="no-class-token",
+        f"{name} has no class token, so no attention can be shown", code="no-class-token",
         expected="dino, or a vision transformer of timm with a class token",
         fix="embcache attention --image FILE --backbone dino",
     )  # fmt: skip

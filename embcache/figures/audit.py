@@ -156,8 +156,30 @@ def audit_dataset(
     group). A class is confident of an image where its probability reaches the mean that training images of this label
     have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
     label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
-    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models. ``options`` are fields
-    of ``config``.
+    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbone : str
+        A backbone with cached features.
+    config, **options
+        A `embcache.config.AuditConfig`, and fields that take the place of its own.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+
+    Returns
+    -------
+    Audit
+        Pairs, label errors and outliers by image ID, what to leave out, and the effect of that.
+
+    Raises
+    ------
+    UsageError, StoreError
+        An option is malformed; features are missing.
+    ProtocolError
+        There are fewer than two training images, or features that are not finite.
     """
     config = AuditConfig.make(config, options)
     store = open_stores(ds, [[backbone]], home, config.recipe)[backbone]

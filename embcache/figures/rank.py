@@ -25,7 +25,7 @@ from embcache.paths import PathLike
 from embcache.probe.heads.solved import KNN
 from embcache.probe.inputs import plan_for
 from embcache.probe.layers import standard_directions, standardized
-from embcache.probe.metrics import score
+from embcache.probe.metrics import find_metric, score
 from embcache.probe.protocol import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import Result, list_results
@@ -105,9 +105,27 @@ def rank(
     """Score cached backbones, all by default, without training, and rank them; no test row is looked at.
 
     Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
-    by LogME alone. Subset F with more than 5,000 training images per fold takes that many. ``recipe`` is the first
-    digits of the fingerprint, where several recipes are cached; ``seed`` that of folds and subsets; ``subset`` one of
-    `probe_features`.
+    by LogME alone. Subset F with more than 5,000 training images per fold takes that many.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbones : sequence of str
+        Default: all that are cached.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+    seed : int
+        Seed of folds and subsets.
+    subset : str or int
+        As in `probe_features`.
+
+    Returns
+    -------
+    Ranking
+        One row per backbone, best first.
 
     Raises
     ------
@@ -227,11 +245,12 @@ def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict
             and dict(request["recipes"]).get(one) == pool.stores[one].recipe.fingerprint
         )
 
+    metric = find_metric(pool.ds.metric, len(pool.ds.class_names)).key
     fitting: dict[tuple[Any, ...], list[Result]] = {}  # by protocol: the values of `_DEFAULTS`
     candidates = [result for result in list_results(home, pool.ds.name) if fits(result)]
     for result in candidates:
         plain = not {"lr", "views", "repeats", "target"} & set(result.request)
-        complete = all(fold.score is not None for fold in result.folds)
+        complete = result.metric == metric and all(fold.score is not None for fold in result.folds)
         if plain and complete and result.request.get("head") == {"name": "linear"}:
             protocol = tuple(result.request.get(key, value) for key, value in _DEFAULTS.items())
             fitting.setdefault(protocol, []).append(result)
@@ -377,12 +396,32 @@ def similarity(
 ) -> Similarity:
     """Compare the embeddings of two or more cached backbones, all by default, on the same training images.
 
-    Of more than 5,000 images so many are drawn with ``seed``; ``recipe`` as in `rank`. The matrices are (B, B).
+    Parameters
+    ----------
+    ds : ImageDataset
+        Labels, groups and splits; its files need not be there.
+    backbones : sequence of str
+        B names; default: all that are cached.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    recipe : str, optional
+        First digits of the fingerprint, where several recipes are cached.
+    seed : int
+        Seed of the images drawn, where there are more than 5,000.
+
+    Returns
+    -------
+    Similarity
+        Its matrices are float64 (B, B).
 
     Raises
     ------
     UsageError
         There are fewer than two backbones.
+    StoreNotFoundError
+        No features are cached.
+    ProtocolError
+        There are fewer than four training images.
     """
     pool = open_pool(ds, backbones, home, recipe, seed)
     names, rows = list(pool.stores), pool.drawn(seed)

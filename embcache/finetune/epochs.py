@@ -178,7 +178,7 @@ def batches(
 
 
 def _complete(store: FeatureStore, dataset: ImageDataset, files: DatasetFiles) -> bool:
-    return not plan_store(store, dataset, files.root, files.scan, publish=False).shards
+    return not plan_store(store, dataset, files.scan, publish=False).shards
 
 
 def _images(ids: Sequence[str], digests: Sequence[str], reasons: Sequence[str]) -> Images:

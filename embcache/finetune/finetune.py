@@ -17,7 +17,7 @@ import torch
 
 from embcache.config import FinetuneConfig
 from embcache.cores import default_workers, keep_freed_memory
-from embcache.data.dataset import ImageDataset
+from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.errors import ProtocolError, StoreError
 from embcache.extract.pixels import cache_pixels
 from embcache.finetune.epochs import (
@@ -55,7 +55,7 @@ OnImages = Callable[[int, int, str], object]
 
 
 def finetune_images(
-    dataset: ImageDataset,
+    dataset: ImageDataset | str,
     backbones: str | Sequence[str],
     *,
     subset: str | int = "S",
@@ -82,6 +82,11 @@ def finetune_images(
     config, **options
         A `embcache.config.FinetuneConfig`, and fields that take the place of its own.
 
+    Returns
+    -------
+    Result
+        Scores of all folds on the test set, their mean, interval and notes.
+
     Raises
     ------
     UsageError, DatasetError, WeightsError
@@ -92,7 +97,7 @@ def finetune_images(
         There is a damaged checkpoint of this request, one with neither ``resume`` nor ``again`` set, or one in use.
     """
     names = [backbones] if isinstance(backbones, str) else list(backbones)
-    return finetune(dataset, names, subset, FinetuneConfig.make(config, options), home=home)
+    return finetune(named_dataset(dataset, home), names, subset, FinetuneConfig.make(config, options), home=home)
 
 
 def finetune(

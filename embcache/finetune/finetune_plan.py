@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -27,9 +28,9 @@ from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.fields import parse_weights
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
-from embcache.probe.heads import identify, make_head
+from embcache.probe.heads import find_head, identify, name_of
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
-from embcache.probe.metrics import Metric, asymmetry, find_metric, positive_class
+from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import Splits, name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import TrainedHead
@@ -119,7 +120,7 @@ def load_networks(
 ) -> Networks:
     """Check a request before anything is decoded, and load its networks."""
     specs = tuple(find_backbone(name) for name in backbones)
-    head = check_head(make_head(config.head), [spec.name for spec in specs])
+    head = check_head(find_head(config.head), [spec.name for spec in specs])
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
     decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
@@ -142,6 +143,7 @@ def load_networks(
             fix=f"--batch-size {2 * config.accumulate}, or a smaller --accumulate",
         )  # fmt: skip
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
+    check_order(metric, dataset.class_names)
     return Networks(
         dataset=dataset, config=config, specs=specs, head=head,
         metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
@@ -162,14 +164,15 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
         "metric": metric.key, "splits": drawn.digest(name),
         "images": digest_images({"pixels": images}, drawn.ids[drawn.used(name)]),
         "recipes": [[backbone, recipe.fingerprint] for backbone, recipe in networks.recipes.items()],
-        "augment": networks.augment.describe(), "head": identify(networks.head) or {"name": networks.head.name},
-        "schedule": asdict(networks.schedule), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
+        "augment": networks.augment.describe(),
+        "head": identify(networks.head, config.head) or {"name": name_of(networks.head), "once": uuid.uuid4().hex},
+        "schedule": networks.schedule.changed(), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
         "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
     }  # fmt: skip
     # Options that are settled above (splits of a file have their own number of folds) are not repeated.
-    more = {key: value for key, value in config.result_options().items() if key not in {*request, "max_epochs"}}
+    more = {key: value for key, value in config.result_options().items() if key not in request}
     cell = RunCell(
         dataset=dataset, splits=(drawn,), subset=name, backbones=networks.names, head=networks.head,
         request=request | more, recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},

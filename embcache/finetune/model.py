@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
-from embcache.probe.heads import check_backbones, heads, make_head
+from embcache.paths import PathLike
+from embcache.probe.heads import check_backbones, find_head, heads, make_head
 from embcache.probe.layers import Tensors
 from embcache.probe.metrics import softmax
 from embcache.probe.stack import Head, TrainedHead
-from embcache.runs.folders import Result, run_file
+from embcache.runs.folders import Result, find_run_anywhere, run_file
 
 State = dict[str, Tensor]
 
@@ -134,16 +134,42 @@ class FinetunedModel:
             return np.asarray(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
 
 
-def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") -> FinetunedModel:
+def load_finetuned(
+    run: str, fold: int = 0, *, device: str = "cpu", home: PathLike | None = None, trust: Sequence[str] = ()
+) -> FinetunedModel:
     """The saved model of a fold of a finetuned run; neither images nor the weights that training began with are read.
+
+    Parameters
+    ----------
+    run : str
+        ID of the run, or a unique prefix.
+    fold : int
+        From 0.
+    device : str
+        ``auto``, ``cpu`` or ``cuda:0``.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    trust : sequence of str
+        Each ``module:name`` of the run, a head or a backbone, that may be imported.
+
+    Returns
+    -------
+    FinetunedModel
+        Its ``predict`` takes uint8 images (B, H, W, 3) to float64 probabilities (B, C).
 
     Raises
     ------
     UsageError
-        The result is not of a finetuning, has no such fold, or the device (``auto``, ``cpu``, ``cuda:0``) is not there.
+        The result is not of a finetuning, has no such fold, or the device is not there.
     StoreError, WeightsError
-        The fold has no model, or its file is damaged; it does not fit the network.
+        There is no such run; the fold has no model, or its file is damaged; it does not fit the network.
     """
+    result, folder = find_run_anywhere(run, home)
+    return load_fold(folder, result, fold, device, trust)
+
+
+def load_fold(run: Path, result: Result, fold: int, device: str = "cpu", trust: Sequence[str] = ()) -> FinetunedModel:
+    """The same, where the result and its folder are known."""
     if result.kind != "finetune" or not 0 <= fold < len(result.folds):
         raise UsageError(
             "there is no such finetuned model", code="unknown-model",
@@ -160,19 +186,13 @@ def load_finetuned(run: Path, result: Result, fold: int, device: str = "cpu") ->
             fix="repeat its `embcache finetune …` with --again and without --no-models",
         )  # fmt: skip
     tensors = load_file(run_file(run, model_file(fold)))
-    specs = [find_backbone(name) for name in result.backbones]
-    chosen = {}
-    for spec in specs:
-        saved = result.recipes[spec.name]["transform"]
-        given: dict[str, Any] = {}
-        for field in fields(Transform):
-            value = saved[field.name]
-            given[field.name] = tuple(value) if isinstance(value, list) else value
-        chosen[spec.name] = Transform(**given)
+    specs = [find_backbone(name, imports=name in trust) for name in result.backbones]
+    chosen = {spec.name: Transform.from_dict(result.recipes[spec.name]["transform"]) for spec in specs}
     transform = next(iter(chosen.values()))
     networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
     options = dict(result.request["head"])
-    head = check_head(make_head(options.pop("name"), **options), result.backbones)
+    name = options.pop("name")
+    head = check_head(find_head(name, options) if name in trust else make_head(name, **options), result.backbones)
     params = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
     precision = result.recipes[result.backbones[0]]["precision"]
     model = assemble(networks, chosen, head, params, pick_device(device), precision)
@@ -199,7 +219,9 @@ def check_head(head: Head, backbones: Sequence[str]) -> TrainedHead:
         raise UsageError(
             f"head {head.name!r} needs features that stay fixed: it cannot be trained together with its backbones",
             code="head-needs-features", found=head.name, fix="embcache finetune --head linear …",
-            expected=", ".join(n for n in heads if isinstance(h := make_head(n), TrainedHead) and not h.standardized),
+            expected=", ".join(
+                name for name, h in heads.each(find_head) if isinstance(h, TrainedHead) and not h.standardized
+            ),
         )  # fmt: skip
     check_backbones(head, backbones)
     return head

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.benchmark import Timer
 
 import embcache
 from embcache.backbones.catalog import BACKBONES, weights_status
@@ -223,9 +223,17 @@ def _device(name: str, title: str, memory: int | None) -> dict[str, Any]:
 
 
 def _per_second(work: Callable[[], object]) -> float:
-    """How often ``work`` is done per second, once it is warm; the timer waits for GPUs."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return 1 / timer.blocked_autorange(min_run_time=_SECONDS).median
+    """How often ``work`` is done per second, once it is warm; GPUs are waited for."""
+    work()
+    cuda: Any = torch.cuda
+    wait = cuda.synchronize if cuda.is_initialized() else lambda: None
+    wait()
+    count, start = 0, perf_counter()
+    while (seconds := perf_counter() - start) < _SECONDS or not count:
+        work()
+        wait()
+        count += 1
+    return count / seconds
 
 
 def _proc(name: str) -> dict[str, str]:

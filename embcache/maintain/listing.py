@@ -312,7 +312,7 @@ def _one(
         cached.append(Cached(digits, path, len(there), differs, len(known - there), len(there - known)))
         if not differs:
             held = there
-            plan = plan_store(store, dataset, files.root, files.scan, publish=False, retry_quarantined=again)
+            plan = plan_store(store, dataset, files.scan, publish=False, retry_quarantined=again)
             owed = [image for shard in plan.shards for image in shard.ids]
     added = tuple(image for image in owed if image not in held)
     changed = tuple(image for image in owed if image in held and image in known)

@@ -48,11 +48,28 @@ class Metric:
     per_class: bool = False  # scores every class by itself, so that an interval needs enough groups of each
     asymmetric: bool = False  # with two classes its value depends on which of them is positive
     binary: bool = False  # for two classes only
+    ordered: bool = False  # distances between classes count, so that their order must be known
     ratio: Ratio | None = None  # of a proportion
 
     def of(self, positive: int) -> Metric:
         """The same metric, always of one positive class: what a training that chooses by it is given."""
         return replace(self, form=lambda y, z, _: self.form(y, z, positive))
+
+
+def has_order(class_names: Sequence[str]) -> bool:
+    """Whether classes have an order: there are two, they are whole numbers, or they do not stand as in the alphabet."""
+    numbers = all(name.removeprefix("-").isdecimal() for name in class_names)
+    return len(class_names) == 2 or numbers or list(class_names) != sorted(class_names)
+
+
+def check_order(metric: Metric, class_names: Sequence[str]) -> None:
+    """Refuse a metric of grades for classes whose order is that of the alphabet."""
+    if metric.ordered and not has_order(class_names):
+        raise ProtocolError(
+            f"{metric.title} weighs errors by their distance, and the order of these classes is not known",
+            code="metric-needs-order", found=", ".join(class_names), expected="grades as whole numbers: 0, 1, 2, …",
+            fix="number the grades in the table, or --metric balanced_accuracy",
+        )  # fmt: skip
 
 
 def softmax(logits: ArrayLike) -> FloatArray:
@@ -120,7 +137,8 @@ def asymmetry(metric: Metric, class_names: Sequence[str], positive: str | None) 
 def find_metric(name: str | Metric, n_classes: int) -> Metric:
     """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
 
-    In addition to registered names, ``sensitivity_at_95_specificity`` and its reverse take any number of percent.
+    In addition to registered names, ``sensitivity_at_95_specificity`` and its reverse take any number of percent, and
+    ``module:name`` is imported and registered under its key; no name that a file gives has a colon.
     """
     if isinstance(name, Metric):
         return name
@@ -134,12 +152,19 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
             metric = replace(metric, high=1.0)
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
-    elif name in metrics:
+    elif name in metrics or ":" in name:
         metric = metrics.get(name)
+        if not isinstance(metric, Metric):
+            raise UsageError(
+                "this is not a metric", code="not-a-metric", expected="an embcache.probe.metrics.Metric",
+                found=f"{name}: {metric!r}"[:80], where="--metric",
+            )  # fmt: skip
+        if metric.key not in metrics or metrics.get(metric.key) is not metric:
+            metrics.register(metric.key)(metric)
     else:
         near = difflib.get_close_matches(key, metrics, n=1)
         raise UsageError(
-            "there is no such metric", code="unknown-metric", expected=", ".join(metrics), found=name, where="--metric",
+            f"there is no such metric: {name}", code="unknown-metric", expected=", ".join(metrics), where="--metric",
             fix=f"--metric {near[0]}" if near else None,
         )  # fmt: skip
     if metric.binary and n_classes != 2:
@@ -148,16 +173,6 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
             fix="--metric " + ("balanced_accuracy" if metric.key != "auc" else "macro_auc"),
         )  # fmt: skip
     return metric
-
-
-def choose_metric(name: str, n_classes: int) -> Metric:
-    """The metric that the user names: as `find_metric`, or ``module:name``, which is registered under its key."""
-    if ":" in name and name not in metrics:
-        metric = metrics.get(name)
-        if metric.key not in metrics:
-            metrics.register(metric.key)(metric)
-        name = metric.key
-    return find_metric(name, n_classes)
 
 
 def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
@@ -414,7 +429,7 @@ METRICS: Mapping[str, Metric] = {
     for metric in (
         Metric("auc", "AUC", _one_vs_rest(_auc), "auc", per_class=True, binary=True),
         Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True),
-        Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0),
+        Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0, ordered=True),
         Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True),
         _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), dtype=bool))),
         Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True),
@@ -437,7 +452,8 @@ metrics: Registry[Metric] = Registry("metric", METRICS)  # these and those that 
 
 def metric_title(name: str, positive: str = "") -> str:
     """A metric as tables print it: with the class that an asymmetric one is of, and where a threshold comes from."""
-    title = metrics.get(name).title if name in metrics else re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ")
+    found = _registered(name)
+    title = re.sub(r"_(\d[\d.]*)_", r" \1 % ", name).replace("_", " ") if found is None else found.title
     read_off = ", threshold read off the test set" if "_at_" in name else ""
     return title + (f" of {positive}" if positive else "") + read_off
 
@@ -446,4 +462,18 @@ def merit(name: str, value: float | None) -> float:
     """A score as a choice between models ranks it: higher is better, a loss negated; −inf for none."""
     if value is None:
         return -np.inf
-    return -value if name in metrics and metrics.get(name).loss else value
+    return -value if is_loss(name) else value
+
+
+def is_loss(name: str) -> bool:
+    """Whether lower is better; not where the metric of a saved result is not to be had here."""
+    found = _registered(name)
+    return found is not None and found.loss
+
+
+def _registered(name: str) -> Metric | None:
+    try:
+        found = metrics.get(name) if name in metrics else None
+    except UsageError:  # a package that cannot be imported
+        return None
+    return found if isinstance(found, Metric) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embcache.config import DatasetRef, ProbeConfig
 from embcache.data.classes import retarget
-from embcache.data.dataset import ImageDataset, find_dataset
+from embcache.data.dataset import ImageDataset, find_dataset, named_dataset
 from embcache.errors import StoreError, StoreNotFoundError, UsageError, first_few
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, slug
@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], Any]
 
 
 def probe_features(
-    dataset: ImageDataset,
+    dataset: ImageDataset | str,
     backbones: str | Sequence[str],
     *,
     head: object = None,
@@ -49,8 +49,8 @@ def probe_features(
 
     Parameters
     ----------
-    dataset : ImageDataset
-        Labels, groups and splits; its files need not be there.
+    dataset : ImageDataset or str
+        Labels, groups and splits, or the name of a cached dataset; its files need not be there.
     backbones : str or sequence of str
         Backbones with cached features; exactly one for a head that does not fuse.
     head : str, Head or scikit-learn classifier, optional
@@ -66,6 +66,11 @@ def probe_features(
     progress : callable, optional
         See `Progress`.
 
+    Returns
+    -------
+    Result
+        Scores of all folds on the test set, their mean, interval and notes.
+
     Raises
     ------
     UsageError, StoreError
@@ -73,6 +78,7 @@ def probe_features(
     ProtocolError
         The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
     """
+    dataset = named_dataset(dataset, home)
     if isinstance(head, str):
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)

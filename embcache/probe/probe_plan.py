@@ -30,7 +30,7 @@ from embcache.probe.inputs import (
     plan_for,
     stream_features,
 )
-from embcache.probe.metrics import Metric, asymmetry, choose_metric, positive_class
+from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import name_everything, subset_sizes
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Head
@@ -142,7 +142,8 @@ def plan_probe(
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)
-    metric = choose_metric(config.metric or dataset.metric, len(dataset.class_names))
+    metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
+    check_order(metric, dataset.class_names)
     for backbones in sets:
         check_backbones(model, backbones)
     stores = open_stores(dataset, sets, home, config.recipe, config.views)
@@ -151,9 +152,7 @@ def plan_probe(
         for repeat in range(config.repeats)
     ]
     splits = name_everything(drawn)
-    described = identify(model)
-    if isinstance(given, str) and ":" not in given and described is not None:
-        described["name"] = given
+    described = identify(model, given)
     notes = _notes(config, model)
     if described is None:
         described = {"name": name_of(model), "once": uuid.uuid4().hex}

@@ -425,7 +425,7 @@ def _official_overlap(
     """Pool and own validation rows, without or with the groups of the official test set, and what to say of them."""
     if not len(test):
         raise ProtocolError(
-            f"{ds.name} has no test set of its own", code="no-test-set", expected="images whose split is 'test'",
+            f"{ds.name} has no test set of its own", code="no-test-set", expected="images with the split 'test'",
             found="none that can be read", fix="--test local",
         )  # fmt: skip
     rows = np.concatenate([pool, own_val])

@@ -35,6 +35,10 @@ class Schedule:
         for name in ("max_epochs", "min_epochs", "patience"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), 1, 100_000)
 
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as a run's request holds them."""
+        return dict(asdict(self).items() - asdict(Schedule()).items())
+
 
 class Tracker:
     """Follows the validation score of one head: learning rate, best epoch, when to stop.
@@ -81,8 +85,8 @@ def rates_of(request: Mapping[str, Any]) -> list[float]:
 
 def schedule_of(result: Result) -> dict[str, Any]:
     """The optimization of a saved run by the names of `Schedule`; empty for a closed-form head."""
-    if result.request.get("schedule"):
-        return dict(result.request["schedule"])
+    if result.kind == "finetune":
+        return asdict(Schedule()) | (result.request.get("schedule") or {})
     if all(fold.lr is None for fold in result.folds):
         return {}
     rates = rates_of(result.request)

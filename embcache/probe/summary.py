@@ -19,7 +19,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.heads import imbalance
-from embcache.probe.metrics import FloatArray, evaluate, find_metric, known, positive_class, score, softmax
+from embcache.probe.metrics import FloatArray, check_order, evaluate, find_metric, known, positive_class, score, softmax
 from embcache.probe.predictions import (
     Adjust,
     Adjustment,
@@ -160,7 +160,11 @@ def with_positive(result: Result, positive: str | None, home: PathLike | None) -
 
 def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
     """A saved result, if it has test scores, by another metric on test and validation; its own chose its epochs."""
-    key = find_metric(metric, len(result.class_names)).key
+    if metric == result.metric:  # whose package may be gone
+        return result
+    found_metric = find_metric(metric, len(result.class_names))
+    check_order(found_metric, result.class_names)
+    key = found_metric.key
     if key == result.metric or result.mean is None or result.kind == "kaggle":
         return result
     run = runs_dir(result.dataset, home) / result.id
@@ -251,13 +255,22 @@ def training_notes(result: Result) -> list[str]:
             notes.append(f"fold {fold.fold} diverged in its first epoch: left out of mean, deviation and interval")
         elif fold.diverged:
             notes.append(f"fold {fold.fold} diverged in epoch {fold.epochs}: epoch {fold.best_epoch} was kept")
+    collapsed: dict[int, list[FoldResult]] = {}
+    for fold in folds:
         predicted = fold.metrics.get("predicted", [0])
         most, n = max(predicted), sum(predicted)
-        c = predicted.index(most)
-        if n and most >= COLLAPSED * n and most >= 1.5 * result.test_counts[c]:
-            count, true = f"all {n:,}" if most == n else f"{most:,} of {n:,}", f"{result.test_counts[c]:,}"
-            name = result.class_names[c]
-            notes.append(f"fold {fold.fold} predicts {name!r} for {count} test images, of which {true} are")
+        if n and most >= COLLAPSED * n and most >= 1.5 * result.test_counts[predicted.index(most)]:
+            collapsed.setdefault(predicted.index(most), []).append(fold)
+    for c, found in collapsed.items():
+        name, n = result.class_names[c], sum(found[0].metrics["predicted"])
+        counts = sorted({fold.metrics["predicted"][c] for fold in found})
+        count = (
+            f"all {n:,}"
+            if counts == [n]
+            else f"{counts[0]:,}" + f" to {counts[-1]:,}" * (len(counts) > 1) + f" of {n:,}"
+        )
+        which = f"fold {found[0].fold} predicts" if len(found) == 1 else f"{len(found)} of {len(folds)} models predict"
+        notes.append(f"{which} {name!r} for {count} test images; {result.test_counts[c]:,} of them are {name!r}")
     return notes
 
 

@@ -17,7 +17,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from embcache.probe.inputs import PAPER_SET
-from embcache.probe.metrics import metric_title, metrics
+from embcache.probe.metrics import is_loss, metric_title
 from embcache.report.collect import Part, Task
 from embcache.results.layout import Table, lay_out
 from embcache.results.paper import (
@@ -245,7 +245,7 @@ def _sizes(task: Task) -> dict[str, int]:
 def learning_curves(task: Task, part: Part, id: str) -> Chart:
     """One curve per model with its interval; the paper's linear models dashed, and hidden at first."""
     metric = metric_title(task.metric)
-    sign = -1 if task.metric in metrics and metrics.get(task.metric).loss else 1
+    sign = -1 if is_loss(task.metric) else 1
     ordered = sorted(task.models.items(), key=lambda pair: -max(sign * (r.val_mean or 0.0) for r in pair[1]))
     series = [_curve(name, members, place < SHOWN) for place, (name, members) in enumerate(ordered)]
     for name, label in PAPER_NAMES.items() if _has_paper(task, part) else ():

@@ -101,7 +101,7 @@ def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes:
     missing, left_out = len(whole.missing), len(whole) - n
     groups = len(set(whole.groups.tolist())) if grouped and not missing else None
     steps = [FlowStep("listed in the source", len(whole) + missing, groups, "there")]
-    steps += [FlowStep("whose file is missing", missing, None, "out")] * bool(missing)
+    steps += [FlowStep("without a file", missing, None, "out")] * bool(missing)
     steps += [FlowStep("of classes that are left out", left_out, None, "out")] * bool(left_out)
     for words, why in {
         "could not be read": np.array([name in bad for name in plan.ids], dtype=bool),

@@ -37,6 +37,7 @@ from embcache.report.collect import (
 )
 from embcache.report.embedding import BUDGET, LIMIT, attend, fused_run, make_map, make_sheets
 from embcache.report.sections import NEW_MODEL, THESE_MODELS, summary_table, task_section
+from embcache.results.advice import load_readable, rankable
 from embcache.results.curves import request_flags
 from embcache.results.layout import Table, bounds, score, signed
 from embcache.runs.folders import Result
@@ -65,11 +66,34 @@ def write_report(
     images: bool = True,
     rows: str = "test",
 ) -> Written:
-    """Write one self-contained HTML page of the saved results of datasets, by default of all that have any.
+    """Write one self-contained HTML page of saved results.
 
-    The first of ``metrics`` scores all results again and chooses between models; the others are shown beside it.
-    ``images``: whether thumbnails, IDs and file names of images may be in the file. ``rows``: the labeled images on the
-    embedding map, of the test set or all.
+    Parameters
+    ----------
+    target : path
+        File of the page.
+    datasets : sequence of str
+        Default: all that have results.
+    metrics : sequence of str
+        The first one scores all results again and chooses between models; the others are shown beside it.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    ref : DatasetRef, optional
+        Where the images are; without them there are no thumbnails.
+    images : bool
+        Whether thumbnails, IDs and file names of images may be in the file.
+    rows : {"test", "all"}
+        Labeled images on the embedding map.
+
+    Returns
+    -------
+    Written
+        The path, what is in the file, and notes on what is not.
+
+    Raises
+    ------
+    UsageError, StoreError
+        An option is malformed, or the file cannot be written; there are no results.
     """
     check_choice("--rows", rows, ("test", "all"))
     ref = ref or DatasetRef()
@@ -101,6 +125,9 @@ def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> di
     for number, task in enumerate(part.tasks):
         log.info(f"{task.title}: comparing {len(task.results)} results of {len(task.models)} models")
         choices = choose(task, part)
+        if not choices:
+            _, unread = load_readable({r.id: r for r in task.results if rankable(r)}, part.home)
+            problems += [f"{run}: {problem}" for run, problem in unread.items()]
         of_labels = of_labels or ([] if task.target else choices)
         tasks.append(task_section(task, part, choices, f"{id}-t{number}", ids=ids, ref=ref))
     people = cohort(part, tasks[0]["choices"], ids=ids) if tasks else None

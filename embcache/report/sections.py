@@ -15,7 +15,7 @@ import numpy as np
 from embcache.config import DatasetRef
 from embcache.errors import EmbcacheError
 from embcache.log import log
-from embcache.probe.metrics import confusion, find_metric, metric_title, metrics, per_class_auc
+from embcache.probe.metrics import confusion, find_metric, is_loss, metric_title, per_class_auc
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import load_validation, training_notes
 from embcache.report.charts import SHOWN, Chart, Series, learning_curves, line_chart, paper_table
@@ -153,7 +153,7 @@ def summary_table(sections: Sequence[dict[str, Any]]) -> Table:
         why = [e.why] if e.new_model is None and e.why else []
         notes |= dict.fromkeys(f"{choice.n_train:,} labels: {note}" for note in (*why, *training_notes(best.result)))
         dataset = {"dataset": f"{task.title} ({metric_title(task.metric)})"} if len(sections) > 1 else {}
-        loss, validation = task.metric in metrics and metrics.get(task.metric).loss, choice.labels_used - choice.n_train
+        loss, validation = is_loss(task.metric), choice.labels_used - choice.n_train
         rows.append({
             **dataset, "training labels (+ validation)": f"{choice.n_train:,} (+ {validation:,})",
             "best on validation": best.name,

@@ -15,7 +15,7 @@ import numpy as np
 
 from embcache.errors import EmbcacheError
 from embcache.paths import PathLike
-from embcache.probe.metrics import METRICS, find_metric, merit, metric_title
+from embcache.probe.metrics import find_metric, is_loss, merit, metric_title
 from embcache.probe.statistics import NOTHING, RESAMPLES, Scores, deviations, estimate, satterthwaite
 from embcache.results.compare import Comparison, Difference, Tested, compare_tested, judge, load_tested, same_test
 from embcache.results.curves import by_task, metric_words, named_curves
@@ -176,10 +176,11 @@ def comparable(at: Mapping[str, Result]) -> list[str]:
 
 
 def load_readable(found: Mapping[str, Result], home: PathLike | None) -> tuple[dict[str, Tested], dict[str, str]]:
-    """Results by name with their predictions, and the reason for each that cannot be read."""
+    """Results by name with their predictions, and the reason for each that cannot be read or scored."""
     tested, unread = {}, {}
     for name, result in found.items():
         try:
+            find_metric(result.metric, len(result.class_names))  # its package may be gone
             tested[name] = load_tested(result, runs_dir(result.dataset, home) / result.id)
         except EmbcacheError as error:
             unread[name] = error.problem
@@ -194,7 +195,7 @@ def tested_alike(tested: Mapping[str, Tested]) -> dict[str, Tested]:
 def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:
     """Which backbone to take, of models at one number of training labels."""
     first = rows[0]
-    loss = first.metric in METRICS and METRICS[first.metric].loss
+    loss = is_loss(first.metric)
     rivals = []
     for name, row in zip(names[1:], rows[1:], strict=True):
         assert row.difference is not None
@@ -325,7 +326,12 @@ def _in_brackets(name: str) -> str:
 def _namer(names: Iterable[str]) -> Namer:
     """Models are called by their backbones alone where nothing else sets them apart."""
     alone = len({name.partition(", ")[2] for name in names}) == 1
-    return (lambda name: name.partition(", ")[0]) if alone else _in_brackets
+    return (lambda name: _backbone(name.partition(", ")[0])) if alone else _in_brackets
+
+
+def _backbone(name: str) -> str:
+    """A backbone in a sentence, in which ``random`` alone reads as chance."""
+    return f"the backbone {name}" if name.partition(":")[0] == "random" else name
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:

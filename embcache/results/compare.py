@@ -227,7 +227,7 @@ def load_tested(result: Result, path: Path) -> Tested:
         raise ProtocolError(
             f"the test labels of run {result.id} are not known, so its predictions cannot be scored",
             code="no-test-labels",
-            expected="a run with --test local, or on a dataset whose test labels are public",
+            expected="a run with --test local, or on a dataset with public test labels",
             found=f"{result.kind} on {result.dataset}, test set {result.test_set}",
             fix=f"embcache probe --test local --dataset {result.dataset} --head {result.head} --subset {result.subset}",
         )

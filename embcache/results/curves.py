@@ -9,6 +9,7 @@ from typing import Any
 
 from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
+from embcache.finetune.finetune_plan import GENTLE, gentle
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
 from embcache.probe.schedule import Schedule, rates_of
@@ -31,10 +32,29 @@ def find_results(
     kinds: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> list[Result]:
-    """Saved results that have a test score; `StoreNotFoundError` where there is none.
+    """Saved results that have a test score.
 
-    Only results of the datasets, heads and kinds, and over no other backbones, where some are named. ``metrics`` score
-    the saved predictions instead of the runs' own: for each metric, all results.
+    Parameters
+    ----------
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    datasets, heads, kinds : sequence of str
+        Only results of these, where some are named; a kind is ``"probe"``, ``"finetune"`` or ``"kaggle"``.
+    backbones : sequence of str
+        Only results over no other backbones, where some are named.
+    metrics : sequence of str
+        Score the saved predictions by these instead of the runs' own metrics: for each metric, all results.
+
+    Returns
+    -------
+    list of Result
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is none.
+    UsageError
+        A metric is unknown or does not fit the classes.
     """
     saved = [result for name in datasets for result in list_results(home, name)] if datasets else list_results(home)
     fitting = [
@@ -62,8 +82,8 @@ def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
     if unknown := [name for name in (*foreign, *[head] * (":" in head)) if name not in trusted]:
         raise UsageError(
             f"run {result.id} needs code that is not part of embcache", code="untrusted-name",
-            expected="a registered name, or the same name after --trust", found=", ".join(unknown),
-            fix=f"--trust {unknown[0]}, if you trust that module",
+            expected="a registered name", found=", ".join(unknown),
+            fix=(f"--trust {unknown[0]}, if you trust that module", "register it by an entry point of its package"),
         )  # fmt: skip
 
 
@@ -80,10 +100,13 @@ def request_flags(result: Result) -> list[str]:
     words += class_flags(request.get("classes", {}))
     words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
     rates, schedule = rates_of(request), request.get("schedule") or {}
+    if result.kind == "finetune":
+        schedule, usual = usual | schedule, usual | (GENTLE if gentle(result.backbones) else {})
+        rates = [schedule["lr"]]
     if rates not in ([], [usual["lr"]]):
         words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]
     for name in ("max_epochs", "batch_size") if result.kind == "finetune" else ():
-        if schedule.get(name, usual[name]) != usual[name]:
+        if schedule[name] != usual[name]:
             words += [f"--{name.replace('_', '-')}", str(schedule[name])]
     return words
 

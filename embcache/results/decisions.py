@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from embcache.errors import ProtocolError, StoreError
+from embcache.errors import EmbcacheError, ProtocolError, StoreError
 from embcache.probe.metrics import (
     METRICS,
     FloatArray,
     IntArray,
     Weighted,
+    check_order,
     confusion,
     find_metric,
+    has_order,
     log_odds,
     positive_class,
     roc_counts,
@@ -477,12 +479,21 @@ def describe(
     if result.mean is None or result.kind == "kaggle":
         return Described(result, notes=["the labels of the test images are not known, so nothing can be measured"])
     test = replace(load_run_predictions(result, folder), positive=number)
-    keys = dict.fromkeys(find_metric(m, len(names)).key for m in metrics or [result.metric, *USUAL])
+    asked, unknown = [*metrics], list[str]()
+    if not metrics:
+        try:
+            asked = [find_metric(result.metric, len(names)).key, *USUAL]
+        except EmbcacheError as error:  # its package may be gone
+            asked, unknown = [*USUAL], [f"the run's own score was not measured again: {error.problem}"]
+    measures = [find_metric(m, len(names)) for m in asked]
+    for measure in measures if metrics else ():
+        check_order(measure, names)
+    keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names))
     found = Described(
         result,
         scores={key: all_estimates(test, key) for key in keys},
         confusion=confusion(test.labels, test.ensemble().logits[0]).tolist(),
-        notes=[f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else [],
+        notes=unknown + ([f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else []),
     )
     if not has_positive:
         note = "operating points and calibration are of one class against the others: --positive CLASS"

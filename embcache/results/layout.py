@@ -284,6 +284,9 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]], *, guard: 
     return "".join(",".join(map(_quoted, line)) + "\n" for line in lines)
 
 
+_NUMBERS = re.compile(r"[+-]?[0-9]+\.[0-9]+( [–±] [+-]?[0-9]+\.[0-9]+)?")
+
+
 def guard_cell(text: str) -> str:
     """``text``, behind an apostrophe where it is a formula (`is_formula`); removing that restores it."""
     return f"'{text}" if is_formula(text) else text
@@ -292,8 +295,11 @@ def guard_cell(text: str) -> str:
 def is_formula(text: str) -> bool:
     """Whether a spreadsheet may take text for a formula: ``= + - @``, full-width and small ones too, a tab or line end.
 
-    What stands before and is not seen (spaces, a byte order mark) and apostrophes make no difference.
+    What stands before and is not seen (spaces, a byte order mark) and apostrophes make no difference. Decimals with
+    a sign, and intervals of them, are none.
     """
+    if _NUMBERS.fullmatch(text):
+        return False
     start = text[_BEFORE.match(text).end() :][:1]  # type: ignore[union-attr]  # it matches nothing, too
     lines = text.lstrip("'").startswith(("\t", "\r", "\n"))
     return lines or unicodedata.normalize("NFKC", start).startswith(("=", "+", "-", "@"))

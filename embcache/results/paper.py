@@ -169,10 +169,10 @@ def _reasons_to_withhold(result: Result) -> Iterator[str]:
         ),
     }
     yield from (reason for reason, applies in apart.items() if applies)
-    usual = asdict(Schedule())
-    if request.get("kind") == "finetune" and gentle(result.backbones):
-        usual |= GENTLE
-    for name, value in {**(request.get("schedule") or {}), **({"lr": rates[0]} if rates else {})}.items():
+    usual, tuned = asdict(Schedule()), request.get("kind") == "finetune"
+    trained = (usual if tuned else {}) | (request.get("schedule") or {}) | ({"lr": rates[0]} if rates else {})
+    usual |= GENTLE if tuned and gentle(result.backbones) else {}
+    for name, value in trained.items():
         if value != usual.get(name):
             yield f"trained with {name.replace('_', ' ')} {value:g}, the paper with {usual.get(name):g}"
     transforms = {recipe.get("transform", {}).get("kind", "paper") for recipe in result.recipes.values()} - {"paper"}

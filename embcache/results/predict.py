@@ -27,14 +27,22 @@ from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_gro
 from embcache.data.images import DECODER_VERSION, ImageRef, image_refs
 from embcache.data.published import named_columns
 from embcache.data.tables import find_columns, open_table
-from embcache.errors import DatasetError, DatasetNotFoundError, RecipeError, StoreNotFoundError, UsageError, first_few
+from embcache.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    RecipeError,
+    StoreError,
+    StoreNotFoundError,
+    UsageError,
+    first_few,
+)
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.scan import image_root
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
-from embcache.finetune.model import FinetunedModel, load_finetuned
+from embcache.finetune.model import FinetunedModel, load_fold
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike
-from embcache.probe.heads import make_head
+from embcache.probe.heads import find_head
 from embcache.probe.metrics import softmax
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
 from embcache.probe.stack import Head, predict_logits
@@ -134,12 +142,30 @@ def predict(
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
 ) -> ImagePredictions:
-    """Class probabilities of images, or of all images of a dataset, by a saved run: its ID, or a unique prefix.
+    """Class probabilities of images, or of all images of a dataset, by a saved run.
 
-    ``images`` are images, folders that are searched for images, and tables of paths; ``ref`` says where the dataset is,
-    and how its table, or a table of paths, is read. Fields of ``config`` may be given as options. ``progress`` is
-    called with the number of images done, and of all. Predictions are in the order of ``images``, those of a folder
-    sorted; an image that cannot be read has its reason.
+    Parameters
+    ----------
+    run : str
+        ID of the run, or a unique prefix.
+    images : sequence of path
+        Images, folders that are searched for images, and tables of paths.
+    dataset : str, optional
+        Instead of ``images``: all images of a dataset.
+    ref : DatasetRef
+        Where the dataset is, and how its table, or a table of paths, is read.
+    config, **options
+        A `embcache.config.PredictConfig`, and fields that take the place of its own.
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    progress : callable, optional
+        Called with the number of images done, and of all.
+
+    Returns
+    -------
+    ImagePredictions
+        Probabilities ``p``, float64 (n, C), in the order of ``images``, those of a folder sorted; NaN where an image
+        cannot be read, with its reason.
 
     Raises
     ------
@@ -307,6 +333,11 @@ def _load_model(
         )  # fmt: skip
     options = dict(result.request["head"])
     head = str(options.pop("name"))
+    if result.kind == "probe" and not (folder / "heads.safetensors").exists():
+        raise StoreError(
+            "the models of this run were not kept", code="models-not-kept", where=folder, found=head,
+            fix="probe again with a head of embcache, and without --no-models: scikit-learn's are not kept",
+        )  # fmt: skip
     refuse_untrusted(result, config.trust)
     recipes = run_recipes(result, home)
     if result.kind == "finetune":
@@ -316,14 +347,14 @@ def _load_model(
         for recipe in recipes.values():  # the model was saved whole, so that only the decoder can differ
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         device = pick_device(config.device)
-        models = [load_finetuned(folder, result, fold, str(device)) for fold in folds]
+        models = [load_fold(folder, result, fold, str(device), config.trust) for fold in folds]
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)
     networks = {
         backbone: _rebuild(result, recipe, weights.get(backbone), home, config) for backbone, recipe in recipes.items()
     }
     heads = load_heads(folder)
-    return _ProbeModel(networks, make_head(head, **options), [heads[fold] for fold in folds])
+    return _ProbeModel(networks, find_head(head, options), [heads[fold] for fold in folds])
 
 
 def _weights_by_name(names: Sequence[str], values: Sequence[str]) -> dict[str, Path]:

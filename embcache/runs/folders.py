@@ -158,7 +158,20 @@ def load_result(run: Path) -> Result:
 
 
 def list_results(home: PathLike | None = None, dataset: str | None = None) -> list[Result]:
-    """All saved results that can be read, by dataset, head, backbones and number of training images."""
+    """All saved results that can be read.
+
+    Parameters
+    ----------
+    home : path, optional
+        Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
+    dataset : str, optional
+        Only results of this dataset.
+
+    Returns
+    -------
+    list of Result
+        By dataset, kind, head, backbones and number of training images; empty where there are none.
+    """
     results = [result for run in run_folders(home, dataset) if (result := _readable(run)) is not None]
     return sorted(results, key=lambda r: (r.dataset, r.kind, r.head, r.backbones, r.n_train, r.id))
 

@@ -13,7 +13,7 @@ from embcache.errors import first_few, printable
 from embcache.notebook import html_table
 from embcache.sealed import canonical_json, plain, typed
 
-_METRIC = re.compile(r"\w[\w.:-]{0,99}", re.ASCII)
+_METRIC = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # no colon: no module is imported that only a file names
 
 # Raised when the protocol changes, so that older runs are not taken for new ones. Arithmetic that gives the same but
 # for rounding (another order of sums, attention by nodes) is the same protocol: a saved run answers for it.

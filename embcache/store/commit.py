@@ -224,7 +224,7 @@ def _view_rows(
         "fingerprint": header.recipe.fingerprint,
         "written_by": f"embcache view 1, {library} {version(library)}",
         "shards": mark,
-        "rows": "use only rows whose valid is true; the others are padding, superseded or unreadable",
+        "rows": "use only rows with valid = true; the others are padding, superseded or unreadable",
     }
     return ids, valid, live.shard_rows, attributes
 

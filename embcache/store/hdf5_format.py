@@ -108,7 +108,7 @@ def _get(file: Any, name: str, data: bytes) -> np.ndarray:
     link = file.get(name, getlink=True)
     array = file[name] if isinstance(link, h5py.HardLink) else None
     if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
-        raise ValueError(f"{name!r} is no array whose values lie in the shard's own file")
+        raise ValueError(f"{name!r} is no array with its values in the shard's own file")
     start, dtype = array.id.get_offset(), np.dtype(array.dtype)
     as_written = (
         start is not None

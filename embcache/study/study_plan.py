@@ -232,7 +232,8 @@ def plan_table(grid: Grid, states: Sequence[DatasetState]) -> Table:
     marks, headers = Marks(), ("dataset", "step", "what", "count")
     steps = [(state.name, *step) for state in states for step in _steps(state)]
     rows = [(*words, f"{count:,}") for *words, count in steps]
-    notes = () if rows else ("nothing is left to do",)
+    barred = any(state.problem or state.refused for state in states)
+    notes = () if rows else ("nothing can be computed" if barred else "nothing is left to do",)
     for state in states:
         if found := _there(state):
             rows.append((state.name, "there", "saved results of the same request", f"{found:,}"))

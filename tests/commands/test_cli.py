@@ -51,6 +51,12 @@ def test_help_has_every_command_under_a_heading_with_a_sentence(capsys: pytest.C
             assert any(line.startswith(f"  {name} ") for line in lines)
 
 
+@pytest.mark.parametrize("path", LEAVES)
+def test_arguments_and_options_are_named_plainly(path: str) -> None:
+    text = embcache(*path.split()[1:], "--help").stdout
+    assert not re.search(r"[{}]|\[\[|<(str|path|list)|x>=|…\]\.", text.replace("{0", "")), text
+
+
 def test_options_stand_under_the_headings_of_their_configs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app(["finetune", "--help"])

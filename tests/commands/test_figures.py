@@ -131,6 +131,13 @@ def test_audit_writes_its_list_where_the_effect_cannot_be_told(home: Path, tmp_p
     assert sum("near-duplicate" in row["reason"] for row in read_csv(target)) == 24
 
 
+@pytest.mark.parametrize("words", [("tsne",), ("neighbors", "--image", "x", "--dataset", "toy,other")])
+def test_commands_of_many_backbones_ask_for_one_dataset_alone(words: tuple[str, ...]) -> None:
+    with refused(UsageError, "one-dataset") as caught:
+        embcache(*words)
+    assert "backbone" not in str(caught.value)
+
+
 def test_slips_are_refused_before_anything_is_computed(run: str) -> None:
     for line, code in {
         "tsne --dataset toy --output map.gif": "other-suffix",
@@ -138,6 +145,7 @@ def test_slips_are_refused_before_anything_is_computed(run: str) -> None:
         "tsne --dataset toy --limit 3": "option-bounds",
         "tsne --dataset toy,other": "one-dataset",
         "tsne": "one-dataset",
+        "errors RUN --most 0": "option-bounds",
         "attention": "nothing-named",
         "attention --run x --image y.png": "nothing-named",
         "attention --run x --backbone dino": "unused-option",

@@ -33,9 +33,9 @@ def test_it_writes_one_file_and_warns_of_patient_data(study: Study, tmp_path: Pa
 
 
 def test_without_images_there_is_nothing_to_warn_of(study: Study, tmp_path: Path) -> None:
-    words = ["--no-images", "--metric", "kappa,accuracy", "--output", tmp_path / "r.html"]
+    words = ["--no-images", "--metric", "balanced_accuracy,accuracy", "--output", tmp_path / "r.html"]
     done = embcache("report", "--home", study.home, *words)
-    assert "test kappa of" in done.stdout
+    assert "test balanced accuracy of" in done.stdout
     assert "patient data" not in done.stderr
     text = (tmp_path / "r.html").read_text("utf-8")
     for name in ("&lt;b&gt;0", "\\u003cb\\u003e0", "mrs-jones"):

@@ -40,7 +40,7 @@ def test_ages_come_in_bands_and_impossible_ones_are_none() -> None:
     expected = ["<18", "<18", "18-39", "18-39", "40-59", "40-59", "60-79", "60-79", "80+", "80+", "", "", ""]
     assert column.of.tolist() == expected
     assert column.values == ("<18", "18-39", "40-59", "60-79", "80+")
-    assert column.notes == ("2 images whose age is below 0 or above 120 have none",)
+    assert column.notes == ("2 images have no age: theirs is below 0 or above 120",)
 
 
 def test_other_numbers_are_cut_at_quarters_of_the_training_images() -> None:
@@ -58,7 +58,7 @@ def test_official_test_images_move_no_quarter_but_rows_of_split_train_do() -> No
     assert column_values(official, "width").values[0] == "up to 15"
     # Without an official test split every row is of split train, those of a local test set too.
     assert column_values(dataset(width=values), "width").values[0] == "up to 25"
-    assert any("whose split is train" in note for note in column_values(official, "width").notes)
+    assert any("with the split train" in note for note in column_values(official, "width").notes)
 
 
 def test_few_distinct_numbers_are_taken_as_they_are_in_their_order() -> None:

@@ -227,7 +227,7 @@ def test_a_frame_that_would_unpack_to_something_else_is_refused_before_it_does(s
     gray = np.zeros((9, 13), np.uint8)
     larger = Image.fromarray(np.zeros((900, 1300), np.uint8))
     frame = encode(larger, "JPEG") if "Baseline" in syntax else encode(larger, "JPEG2000", no_jp2=True)
-    with pytest.raises(ImageError, match="13×9 pixels whose compressed data state 1300×900"):
+    with pytest.raises(ImageError, match="13×9 pixels with compressed data that state 1300×900"):
         decode_image(rewrapped(dicom(gray), syntax, frame))
 
 

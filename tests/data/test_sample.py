@@ -9,6 +9,7 @@ import pytest
 import embcache.data.datasets.sample as sample_module
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.datasets.sample import draw_tile
+from embcache.data.published import find_layout, resolve_root
 from embcache.errors import DatasetError, DatasetNotFoundError
 from embcache.io import write_tree
 from tests.refusal import refused
@@ -66,6 +67,12 @@ def test_a_folder_that_is_something_else_is_not_overwritten(tmp_path: Path) -> N
     with refused(DatasetNotFoundError, "dataset-layout"):
         load_dataset("sample", tmp_path / "mine")
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_sample_that_is_not_drawn_yet_is_drawn_by_other_commands(tmp_path: Path) -> None:
+    with refused(DatasetNotFoundError, "dataset-layout") as caught:
+        resolve_root(find_layout("sample"), None, tmp_path, draw=False)
+    assert caught.value.fix == "embcache demo, or embcache extract --backbone random --dataset sample"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import embcache.extract.extract as run
 import embcache.extract.worker as batching
+from embcache.backbones.catalog import Backbone
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.extract import extract_features
@@ -24,8 +25,8 @@ from tests.refusal import refused
 
 @pytest.fixture(autouse=True)
 def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small network, but for tests that compare features with torchvision's."""
-    if "direct_features" not in request.function.__code__.co_names:
+    """A small network, but for tests of torchvision's features and of own networks."""
+    if not {"direct_features", "from_module"} & set(request.function.__code__.co_names):
         monkeypatch.setattr(run, "load_backbone", load_tiny)
 
 
@@ -208,3 +209,31 @@ def test_a_dataset_without_images_is_refused(images: Path, home: Path) -> None:
         path.write_bytes(b"no image")
     with refused(DatasetNotFoundError, "no-readable-image"):
         extract_features("random", dataset)
+
+
+def no_backbone() -> Backbone:
+    raise KeyError("weights")
+
+
+NUMBER = 5
+
+
+def test_backbones_of_others_that_do_not_work_are_refused_and_leave_nothing(images: Path, home: Path) -> None:
+    dataset = load_dataset("folder", images)
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # (B, 3)
+    for own in (Backbone.from_module(net, name="wide", dim=17), Backbone.from_module(net[0], name="maps", dim=3)):
+        with refused(UsageError, "backbone-output"):
+            extract_features(own, dataset)
+    for name, code in (("no_backbone", "backbone-function"), ("NUMBER", "backbone-type")):
+        with refused(UsageError, code):
+            extract_features(f"{__name__}:{name}", dataset)
+    assert not list(home.rglob("recipe.json"))
+
+
+def test_a_cached_dataset_may_be_named(images: Path, home: Path) -> None:
+    dataset = load_dataset("folder", images, name="mine")
+    store = extract_features("random", dataset)
+    again = extract_features("random", "mine")
+    assert isinstance(store, FeatureStore)
+    assert isinstance(again, FeatureStore)
+    assert again.path == store.path

@@ -160,14 +160,15 @@ def test_only_probes_of_one_protocol_stand_beside(
 ) -> None:
     home, usual = tmp_path / "home", probed[1]
     shutil.copytree(probed[0], home)
-    for other in ({"val": "matched"}, {"seed": 1}, {"folds": 3}, {"lr": 1e-4}, {"repeats": 2}):
+    for other in ({"val": "matched"}, {"seed": 1}, {"folds": 3}, {"lr": 1e-4}, {"repeats": 2},
+                  {"metric": "balanced_accuracy"}):  # fmt: skip
         probe_features(ds, ["strong"], home=home, **{"subset": "S", **other})
     ranking = rank(ds, home=home)
     assert {row.backbone: row.runs for row in ranking.rows} == {name: {"S": r.id} for name, r in usual.items()}
     assert ranking.probe_labels == {"S": usual["weak"].labels_used}
     assert ranking.labels_used == 150
     (note,) = [note for note in ranking.notes if "one protocol" in note]
-    assert "5 folds, seed 0, --val full, official test set; 5 of other protocols" in note
+    assert "5 folds, seed 0, --val full, official test set; 6 of other protocols" in note
 
 
 def test_without_probes_of_the_default_protocol_the_commonest_serves_all_rows(
@@ -232,7 +233,7 @@ def test_commands_print_tables_or_json_alone(
 
     file = tmp_path / "rank.json"
     text = run("rank", "--dataset", "toy", "--home", str(probed[0]), "--json", str(file))
-    for part in ("linear S (", "150 labels used in all", "Kendall"):
+    for part in ("linear S (", "150 labels used in total", "Kendall"):
         assert part in text
     assert text.index("strong") < text.index("weak")
     (ranking,) = json.loads(file.read_text())

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -18,8 +19,14 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError
 from embcache.finetune.epochs import CheckpointFolder, known_images
 from embcache.finetune.finetune_plan import load_networks, plan_finetuning
+from embcache.finetune.model import load_fold
 from embcache.maintain.listing import list_interrupted
+from embcache.probe.heads import heads
+from embcache.probe.heads.trained import LinearHead
+from embcache.probe.metrics import metrics
+from embcache.runs.folders import list_results, runs_dir
 from tests.finetune.conftest import RESNET, VIT
+from tests.refusal import refused
 
 
 def invoke(words: list[str]) -> Result:
@@ -113,6 +120,35 @@ def test_bad_usage_is_refused(home: Path, words: list[str], code: str) -> None:
     error = invoke(["finetune", *words]).exception
     assert isinstance(error, UsageError)
     assert error.code == code
+
+
+class Own(LinearHead):
+    """A head that is registered nowhere."""
+
+    name = "own"
+
+
+def test_a_head_and_a_metric_of_ones_own(ds: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"{__name__}:Own"
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin"))
+    monkeypatch.setattr(metrics, "_objects", dict(metrics._objects))
+    monkeypatch.setattr(heads, "_objects", dict(heads._objects))
+    words = arguments(ds, "--max-epochs", "1", "--metric", "embcache_plugin:YOUDEN", "--json", "-")
+    done = invoke([*words, "--head", place])
+    assert done.exit_code == 0, done.exception
+    (result,) = list_results()
+    folder = runs_dir(ds.name) / result.id
+    assert (result.request["head"], result.metric) == ({"name": place}, "youden")
+    with refused(UsageError, "head-not-registered"):  # only the run's file names it
+        load_fold(folder, result, 0)
+    model = load_fold(folder, result, 0, trust=[place])
+    heads.register("renamed")(Own)
+    done = invoke([*words, "--head", "renamed"])
+    (renamed,) = [each for each in list_results() if each.id != result.id]
+    assert renamed.request["head"] == {"name": "renamed"}
+    again = load_fold(runs_dir(ds.name) / renamed.id, renamed, 0)
+    pixels = np.zeros((1, *model.transform.size, 3), dtype=np.uint8)
+    assert np.array_equal(again.predict(pixels), model.predict(pixels))
 
 
 def test_lists_of_backbones_heads_and_subsets_give_a_result_each(ds: ImageDataset) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from embcache.finetune.finetune import find_finetuned, finetune, finetune_images
 from embcache.finetune.model import ImageModel
 from embcache.maintain.listing import list_interrupted
 from embcache.probe.probe import probe_features
+from embcache.probe.schedule import Schedule, schedule_of
+from embcache.results.curves import request_flags
 from embcache.runs.folders import Result, list_results, load_heads, load_predictions, runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT, draw
 from tests.refusal import refused
@@ -148,6 +150,9 @@ def test_the_result_is_a_run_like_one_of_probing(ds: ImageDataset) -> None:
     assert [r.kind for r in list_results(dataset=ds.name)] == ["finetune", "probe"]
     assert result.recipes[RESNET]["transform"]["kind"] == "paper"
     assert [fold.lr for fold in result.folds] == [1e-3, 1e-3]
+    assert result.request["schedule"] == {"batch_size": 8, "max_epochs": 2}, "only what differs from its default"
+    assert schedule_of(result) == asdict(Schedule(batch_size=8, max_epochs=2))
+    assert request_flags(result) == ["--folds", "2", "--val", "matched", "--max-epochs", "2", "--batch-size", "8"]
     table = predictions(ds, result)
     assert table["id"].tolist() == predictions(ds, probed)["id"].tolist()
     assert np.allclose(table["p_0"] + table["p_1"], 1)

@@ -150,7 +150,7 @@ def test_a_saved_model_predicts_what_the_run_predicted(ds: ImageDataset, picture
     table = load_predictions(run)
     paths = dict(zip(ds.table["id"], ds.table["path"], strict=True))
     for fold in range(2):
-        model = load_finetuned(run, result, fold)
+        model = load_finetuned(result.id, fold)
         assert isinstance(model.transform, Transform)
         rows = table[table["fold"] == fold]
         pixels = np.stack([model.transform.geometry(np.asarray(Image.open(pictures / paths[i]))) for i in rows["id"]])
@@ -162,9 +162,9 @@ def test_what_cannot_be_loaded_is_said(ds: ImageDataset) -> None:
     run = runs_dir(ds.name) / result.id
     assert not list(run.glob("*.safetensors"))
     with refused(StoreError, "models-not-kept"):
-        load_finetuned(run, result, 0)
+        load_finetuned(result.id)
     with refused(UsageError, "unknown-model"):
-        load_finetuned(run, result, 7)
+        load_finetuned(result.id, 7)
 
 
 def test_a_model_of_another_network_is_refused() -> None:

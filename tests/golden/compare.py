@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ FUSED = ("concat", "dvme", "dvme-token")
 FEATURES_WITHIN, SCORES_WITHIN = 1e-5, 1e-6
 
 
-def journey(out: Path) -> dict[str, list[str]]:
-    """Arguments of every command of the journey by the name of the file that it writes into ``out``."""
+def journey(out: Path) -> Iterator[tuple[str, list[str]]]:
+    """Files that the journey writes into ``out``, with the commands, of which the last name runs that are there."""
     common = ["--dataset", "sample"]
     some = ["--backbone", "effnet_lite0,random"]
     steps = {
@@ -38,14 +40,21 @@ def journey(out: Path) -> dict[str, list[str]]:
     steps |= {f"{name}.npz": ["export", *common, "--backbone", name] for name in BACKBONES}
     steps |= {f"{h}.json": ["probe", *common, *some, "--head", h, "--subset", "S,M", "--json"] for h in HEADS}
     steps |= {f"{h}.json": ["probe", *common, *some, "--head", h, "--subset", "S", "--json"] for h in FUSED}
-    return {name: [*argv, str(out / name)] for name, argv in steps.items()}
+    tune = ["--subset", "10", "--folds", "2", "--val", "matched", "--max-epochs", "1", "--json"]
+    steps["finetune.json"] = ["finetune", *common, "--backbone", "effnet_lite0", *tune]
+    yield from ((name, [*argv, str(out / name)]) for name, argv in steps.items())
+    runs = [result["id"] for result in load(out / "linear.json")]
+    images = [str(path) for path in sorted((out / "home").rglob("tumour-*.png"))[:4]]
+    yield "compare.json", ["compare", *runs[:2], "--json", str(out / "compare.json")]
+    yield "result.json", ["results", runs[0], "--json", str(out / "result.json")]
+    yield "predict.json", ["predict", "--run", runs[0], *images, "--json", str(out / "predict.json")]
 
 
 def run(code: Path, out: Path) -> None:
     """Run the journey with the package of the folder ``code``."""
     out.mkdir(parents=True)
     variables = {"PYTHONPATH": str(code), "EMBCACHE_HOME": str(out / "home"), "OMP_NUM_THREADS": "1"}
-    for name, argv in journey(out).items():
+    for name, argv in journey(out):
         done = subprocess.run(
             [sys.executable, "-m", "embcache", *argv],
             env=os.environ | variables,
@@ -79,14 +88,22 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def difference(base: Any, head: Any) -> float:
-    """Largest difference of the numbers that both answers have; texts name recipes, versions and what is noted."""
-    before, after = leaves(base), leaves(head)
-    largest = 0.0
-    for place in before.keys() & after.keys():
-        a, b = before[place], after[place]
-        if isinstance(a, int | float) and isinstance(b, int | float):
+    """Largest difference of the numbers of ``base``: infinite where one is gone, or only one side is a finite number.
+
+    What ``head`` has in addition does not count, nor do texts: they name recipes, versions and what is noted.
+    """
+    after, largest = leaves(head), 0.0
+    for place, a in leaves(base).items():
+        b = after.get(place, "gone")
+        if _finite(a) and _finite(b):
             largest = max(largest, abs(a - b))
+        elif not isinstance(a, str) and repr(a) != repr(b):  # None, NaN or infinite on one side
+            largest = math.inf
     return largest
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def compare(base: Path, head: Path) -> bool:
@@ -109,7 +126,8 @@ def compare(base: Path, head: Path) -> bool:
         largest = float(np.abs(a - b).max() / np.abs(a).max()) if same_rows and a.shape == b.shape else float("inf")
         equal &= largest == 0
         row(name, f"{len(a)} rows, largest difference {largest:.1e} of the largest", largest <= FEATURES_WITHIN)
-    for name in ("rank.json", "similarity.json", *(f"{head_name}.json" for head_name in (*HEADS, *FUSED))):
+    answers = ("rank", "similarity", *HEADS, *FUSED, "finetune", "compare", "result", "predict")
+    for name in (f"{answer}.json" for answer in answers):
         largest = difference(load(base / name), load(head / name))
         row(name, f"largest difference {largest:.1e}", largest <= SCORES_WITHIN if equal else None)
     return good

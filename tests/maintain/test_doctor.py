@@ -33,6 +33,15 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_per_second", lambda work: (work(), 10.0)[1])
 
 
+measured = doctor._per_second
+
+
+def test_the_speed_of_work_is_how_often_it_is_done_per_second() -> None:
+    done: list[int] = []
+    assert measured(lambda: done.append(0)) > 0
+    assert len(done) == 2  # once to warm up
+
+
 def test_an_empty_home_is_well(home: Path) -> None:
     found = diagnose()
     assert (found.stores, found.leases, found.interrupted, found.problems) == ([], [], [], [])

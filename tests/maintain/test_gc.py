@@ -235,7 +235,7 @@ def test_files_exchanged_while_rows_are_copied_are_found_by_an_extraction(
             os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
         with ThreadPoolExecutor(1) as pool:
             scan = scan_dataset(ds, None, pool).scan
-            owed.append(plan_store(FeatureStore(done.store.path), ds, root, scan))
+            owed.append(plan_store(FeatureStore(done.store.path), ds, scan))
         original(*arguments, **keywords)
 
     monkeypatch.setattr(gc, "commit_shard", exchanged)

@@ -134,6 +134,12 @@ def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:
     assert "linear-S-0" not in cli("results", "--dataset", "first").stderr
 
 
+def test_attention_is_for_the_dvme_among_several_heads(two: list[ImageDataset], home: Path) -> None:
+    line = ("probe", "--dataset", "first", "--backbone", "a,b", "--head", "linear,dvme", "--attention", "exact")
+    printed = json.loads(cli(*line, "--json", "-").stdout)
+    assert [(r["head"], len(r["backbones"])) for r in printed] == [("linear", 1), ("linear", 1), ("dvme", 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -27,6 +27,7 @@ from embcache.errors import ProtocolError, UsageError
 from embcache.probe.metrics import (
     METRICS,
     asymmetry,
+    check_order,
     evaluate,
     find_metric,
     log_odds,
@@ -39,6 +40,7 @@ from embcache.probe.metrics import (
     scorer,
     softmax,
 )
+from tests.refusal import refused
 
 
 def predictions(n: int, n_classes: int, seed: int, *, coarse: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -269,7 +271,7 @@ def test_metrics_are_found_by_their_names() -> None:
 def test_a_metric_that_there_is_not(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_metric(name, 2)
-    assert caught.value.found == name
+    assert caught.value.problem == f"there is no such metric: {name}"
     assert "balanced_accuracy" in str(caught.value.expected)
 
 
@@ -292,3 +294,12 @@ def test_one_class_has_no_score(key: str) -> None:
 def test_predictions_that_are_not_numbers_have_no_score(bad: float) -> None:
     with pytest.raises(ProtocolError, match="numbers"):
         score("auc", [0, 1], [[0.5, 0.5], [bad, 0.5]])
+
+
+def test_kappa_of_words_is_refused_as_their_order_is_not_known() -> None:
+    kappa = find_metric("kappa", 3)
+    for names in (("0", "1", "2"), ("sick", "well"), ("no DR", "mild", "severe")):
+        check_order(kappa, names)
+    with refused(ProtocolError, "metric-needs-order"):
+        check_order(kappa, ("mild", "none", "severe"))
+    check_order(find_metric("macro_auc", 3), ("mild", "none", "severe"))

@@ -49,7 +49,7 @@ def test_folds_that_collapse_are_named_beside_the_result_and_accuracy_has_its_ba
     result = replace(rival.result, folds=tuple(folds), test_counts=(40, 60), class_names=("no", "yes"))
     collapsed = replace(rival, tested=replace(rival.tested, result=result))
     text = _text(collapsed, task=replace(TASK, metric="accuracy"))
-    assert "In this model, fold 1 predicts 'no' for 98 of 100 test images, of which 40 are." in text
+    assert "In this model, fold 1 predicts 'no' for 98 of 100 test images; 40 of them are 'no'." in text
     assert "Always predicting 'yes' has an accuracy of 0.600." in text
 
 

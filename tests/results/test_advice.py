@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from embcache.probe.metrics import log_odds
+from embcache.probe.metrics import METRICS, log_odds, metrics
 from embcache.probe.predictions import Predictions
 from embcache.probe.probe import probe_features
 from embcache.probe.summary import in_metric
@@ -162,7 +162,9 @@ def test_the_backbone_is_the_best_on_validation_whatever_the_test_set_says(home:
     assert sentences([advice]) == [advice.backbone.text, advice.labels.text]
 
 
-def test_losses_are_better_when_lower(home: Path, saved: list[Result]) -> None:
+def test_losses_are_better_when_lower(home: Path, saved: list[Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(METRICS["log_loss"], key="own_loss")  # of a package
+    monkeypatch.setattr(metrics, "_objects", {**metrics._objects, "own_loss": own})
     by_loss = [in_metric(result, "log_loss", home) for result in saved]
     (advice,) = advise(by_loss, home=home)
     assert advice.backbone is not None
@@ -170,8 +172,9 @@ def test_losses_are_better_when_lower(home: Path, saved: list[Result]) -> None:
     assert advice.backbone.run == min(at, key=lambda r: r.val_mean or 0.0).id
     good, bad = at_size(50, [0.99] * 3), at_size(50, [0.55] * 3)
     for order, verdict in (((good, bad), "worse"), ((bad, good), "better")):
-        found = advise_backbone(["first, linear", "second, linear"], compare_tested(order, metrics=["log_loss"]), 50)
-        assert [rival.verdict for rival in found.rivals] == [verdict]
+        for metric in ("log_loss", "own_loss"):
+            found = advise_backbone(["first, linear", "second, linear"], compare_tested(order, metrics=[metric]), 50)
+            assert [rival.verdict for rival in found.rivals] == [verdict]
     assert "second scored better on the test images, which play no part in the choice" in found.text
     losses = [replace(t, result=replace(t.result, metric="log_loss")) for t in (at_size(20, [0.6] * 3), good)]
     assert advise_labels("dino, linear", losses).trend == "rising"

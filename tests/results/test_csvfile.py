@@ -13,6 +13,11 @@ from hypothesis import strategies as st
 from embcache.results.layout import csv_text, guard_cell, is_formula
 
 
+def test_scores_with_a_sign_are_no_formulas() -> None:
+    for text in ("-0.0062", "+0.5", "-0.0493 – +0.0369"):
+        assert guard_cell(text) == text
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
 def test_formulas_are_guarded(text: str) -> None:
     assert guard_cell(text) == "'" + text

@@ -19,6 +19,7 @@ from embcache.probe.probe import probe_features
 from embcache.results.export_head import export_head
 from embcache.runs.folders import find_run_anywhere, load_heads, load_predictions, save_run
 from embcache.runs.result import run_id
+from tests.commands.shell import embcache
 from tests.probe.build import make_dataset, make_features, put_store
 from tests.refusal import refused
 
@@ -80,6 +81,17 @@ def test_the_files_say_what_they_are(home: Path, tmp_path: Path) -> None:
     assert about["fold"] == best
     tensors = load_file(done.folder / "head.safetensors")
     assert {n: t.tolist() for n, t in tensors.items()} == {n: t.tolist() for n, t in load_heads(path)[best].items()}
+
+
+def test_code_that_only_a_run_names_is_registered_by_its_package(home: Path, tmp_path: Path) -> None:
+    run, _, _ = probe(home, "linear")
+    result, path = find_run_anywhere(run, home)
+    request = {**result.request, "head": {"name": "antigravity:Head"}}
+    foreign = replace(result, request=request, id=run_id(request))
+    save_run(foreign, load_predictions(path), load_heads(path), home)
+    with refused(UsageError, "untrusted-name") as caught:
+        embcache("export-head", "--run", foreign.id, "--output", tmp_path / "out", "--home", home)
+    assert caught.value.fix == "register it by an entry point of its package"
 
 
 def test_what_has_no_head_is_refused(home: Path, tmp_path: Path) -> None:

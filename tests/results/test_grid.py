@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from embcache.probe.schedule import Schedule
 from embcache.results.paper import choose_best, compare_with_paper, find_value
 from tests.results.build import make_cell, make_result
 
@@ -54,10 +55,11 @@ def test_difference_is_withheld_from_fewer_folds() -> None:
         (("supervised",), 1e-4, 16, "lr 0.0001, the paper with 0.001"),
         (("dino",), 1e-4, 64, "batch size 64, the paper with 16"),
         (("simclr", "swav", "dino"), 1e-4, 16, ""),
+        (("dino",), 1e-3, 16, "lr 0.001, the paper with 0.0001"),
     ],
 )
 def test_only_dino_is_finetuned_gently(backbones: tuple[str, ...], lr: float, batch_size: int, reason: str) -> None:
-    request = {"kind": "finetune", "schedule": {"lr": lr, "batch_size": batch_size}}
+    request = {"kind": "finetune", "schedule": Schedule(lr=lr, batch_size=batch_size).changed()}
     result = make_result(kind="finetune", backbones=backbones, request=request)
     cell = compare_with_paper(make_cell(result, paper=PAPER))
     assert (cell.difference is None) == bool(reason)

@@ -38,7 +38,7 @@ from tests.store.build import FORMATS, add, make_rows, make_store, plan, quick_d
 
 __all__ = ["quick_disk"]
 
-# Everything in disk.py that changes the disk goes through one of these.
+# Everything in io.py that changes the disk goes through one of these.
 CALLS = [
     (os, "open"), (os, "write"), (os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "link"),
     (os, "symlink"), (os, "unlink"), (os, "rmdir"), (os, "utime"), (disk, "_rename_at"),

@@ -52,7 +52,7 @@ def test_values_that_lie_outside_the_verified_bytes_are_refused(
         lead_out(file, name, tmp_path / "other.h5")
     decode = form.decode_features if name == "features" else form.decode_index
     decode({form.FILE: whole})
-    with pytest.raises(ValueError, match=f"'{name}' is no array whose values lie in"):
+    with pytest.raises(ValueError, match=f"'{name}' is no array with its values in"):
         decode({form.FILE: buffer.getvalue()})
 
 

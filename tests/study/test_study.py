@@ -110,6 +110,8 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(toy: ImageDataset) -> N
     assert "1000 training images" in reasons["Random", "1000"]
     assert reasons["DINO", "S"].startswith("dino: the images of toy are not here")
     assert made(backbones=["dino"]).empty
+    assert made(backbones=["dino"], dry_run=True).table.notes[0] == "nothing can be computed"
+    assert made(backbones=["random"], dry_run=True).table.notes == ("nothing is left to do",)
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def _dataset(
         above = f"--data-root '{root.parent}'"
         raise DatasetError(
             "there is one class only, so there is nothing to predict", code="too-few-classes",
-            expected="two classes or more among the training images, or a table whose column label is empty",
+            expected="two classes or more among the training images, or a table with an empty column label",
             found=first_few(class_names) or "none", where=where,
             fix="--label-column NAME, another column of the table" if table else above,
         )  # fmt: skip

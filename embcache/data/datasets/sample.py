@@ -44,7 +44,7 @@ def read_sample(root: Path, name: str) -> ImageDataset:
     ds = read_label_table(root / "labels.csv", name)
     if ds.class_names != CLASSES or len(ds) != GROUPS * len(CLASSES) * TILES_PER_CLASS:
         raise LAYOUT.layout_error(root, "this is another sample than the one this version draws")
-    note = "synthetic images, drawn by embcache: the scores say nothing of real tissue"
+    note = "synthetic images, drawn by embcache: a score says nothing about real tissue"
     sizes = {"S": 40, "M": 200}
     return replace(ds, metric="macro_auc", augment="patch", subset_sizes=sizes, synthetic=True, notes=(note,))
 

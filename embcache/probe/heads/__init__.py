@@ -84,11 +84,15 @@ def name_of(head: Head) -> str:
     return head.name if registered else head.place
 
 
-def identify(head: Head) -> dict[str, Any] | None:
-    """Name and changed hyperparameters of a head as JSON data; None where they cannot say what it computes."""
+def identify(head: Head, given: object = None) -> dict[str, Any] | None:
+    """Name and changed hyperparameters of a head as JSON data; None where they cannot say what it computes.
+
+    The name is the registered one that was ``given``, if any.
+    """
     name = name_of(head)
     if "<locals>" in name or name.startswith("__main__:"):  # another script may give the same name to another head
         return None
+    name = given if isinstance(given, str) and ":" not in given else name
     try:
         return {"name": name, **json.loads(json.dumps(head.parameters(), allow_nan=False))}
     except (TypeError, ValueError):
