@@ -105,7 +105,7 @@ class ExtractConfig(Config):
         choices=("cls", "mean", "cls+mean", "pooler", "patches"), flag="--tokens,--pooling",
     )  # fmt: skip
     layers: str | None = option(
-        None, "Blocks of a vision transformer whose tokens are concatenated. [default: the last]",
+        None, "Blocks of a vision transformer; their tokens are concatenated. [default: the last]",
         metavar="lastN|I,J,…",
     )  # fmt: skip
     device: str = option(

@@ -214,7 +214,7 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
             fix=(f"--trust {name}", f"--backbone {name}", "register it by an entry point of its package"),
         )  # fmt: skip
     if ":" not in name and name not in backbones:
-        raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME")
+        raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER")
     found = backbones.get(name)
     made: object = found
     if callable(found):
@@ -326,6 +326,11 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
     """Describe whether a backbone's weights are on this machine, without reading or fetching anything."""
+    if name.startswith("hf:"):
+        from embcache.backbones.hf_models import find_folder
+
+        folder = find_folder(name)
+        return f"here: {folder}" if folder is not None else "not here: downloaded when first used"
     if name.startswith("timm:"):
         published = Published(filename=timm_filename(name))
     else:

@@ -8,6 +8,7 @@ recipe holds digests of tensors and of the configuration, not where they came fr
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,9 +236,8 @@ def _transform(name: str, transformers: Any, folder: Path) -> Transform:
 def _folder(name: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a model's files: the one named, that in the weights folder, or the hub's, fetched if need be."""
     text = name.removeprefix("hf:")
-    for path in (Path(text).expanduser(), weights_dir() / text):
-        if (path / "config.json").is_file():
-            return path
+    if (found := find_folder(name)) is not None:
+        return found
     if not _is_repository(text):
         raise WeightsError(
             f"the model {name} is not here", code="weights-not-found", found="no folder with a config.json",
@@ -255,12 +255,19 @@ def _folder(name: str, patterns: tuple[str, ...]) -> Path:
 
     with reaching_hub(name, text, "config.json", unavailable):
         try:
-            found = huggingface_hub.snapshot_download(
+            fetched = huggingface_hub.snapshot_download(
                 repository, revision=revision or None, allow_patterns=list(patterns)
             )
         except LocalEntryNotFoundError as error:
             raise unavailable(str(error).partition("\n")[0]) from error
-    return Path(found)
+    return Path(fetched)
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder of a model's files on this machine that a name says, or that lies in the weights folder."""
+    text = name.removeprefix("hf:")
+    folders = (Path(text).expanduser(), weights_dir() / text)
+    return next((path for path in folders if (path / "config.json").is_file()), None)
 
 
 def _is_repository(text: str) -> bool:
@@ -286,7 +293,7 @@ def _tower_config(spec: Backbone, folder: Path | None) -> Any:
 
 def _transformers() -> Any:
     try:
-        import transformers  # type: ignore[import-not-found, unused-ignore]
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError(
             "backbones hf:… need transformers",

@@ -198,7 +198,8 @@ def backbones(
     """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
 
     There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
-    builds, such as timm:vit_small_patch14_dinov2.lvd142m; package.module:function, a function that returns a Backbone.
+    builds, such as timm:vit_small_patch14_dinov2.lvd142m; hf:ORG/NAME and hf:FOLDER, models of transformers;
+    package.module:function, a function that returns a Backbone.
     """
     named = split_list(names)
     chosen = [find_backbone(name) for name in named]
@@ -225,7 +226,7 @@ def backbones(
             "here": lambda spec: _here(statuses[spec.name]),
         }
         print_objects(chosen, columns, notes=(
-            "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME and package.module:function",
+            "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER and package.module:function",
             "details: embcache backbones NAME",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
         ))  # fmt: skip

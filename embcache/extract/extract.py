@@ -191,16 +191,16 @@ def open_networks(
 def _check_output(network: FrozenNetwork) -> None:
     """Refuse a network of others whose features are not of the length it states, before any image is read."""
     spec = network.backbone.spec
-    if spec.module is None:
+    if spec.module is None and not spec.library:
         return
     try:
         made: object = network.features(np.zeros((1, *network.transform.size, 3), np.uint8)).shape
     except Exception as error:  # whatever code of the user raises
         made = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
-    if made != (1, spec.dim):
+    if made != (1, *spec.row_shape):
         raise UsageError(
             f"{spec.name} does not make the features that it states", code="backbone-output",
-            expected=f"(1, {spec.dim}) of one image", found=str(made),
+            expected=f"{(1, *spec.row_shape)} of one image", found=str(made),
             fix="state its output as dim=…, and return one vector per image",
         )  # fmt: skip
 
