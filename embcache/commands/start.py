@@ -206,7 +206,7 @@ def backbones(
     if not named:
         found = dict(registry.each(find_backbone))
         chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
-    statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
+    statuses = {spec.name: weights_status(f"hf:{spec.origin}" if spec.origin else spec.name, home) for spec in chosen}
 
     def show_details() -> None:
         for k, spec in enumerate(chosen):

@@ -301,7 +301,10 @@ def _one(
     recipe, ids = make_recipe(network), dataset.table["id"].tolist()
     cached, unreadable = [], []
     known, held, owed = set(ids), set[str](), ids
-    for path in walk_stores(home, [dataset.name], [name])[0]:
+    folders = walk_stores(home, [dataset.name], [recipe.backbone])[0]
+    if recipe.nameless:  # it may have been made under another name
+        folders = sorted({*folders, *walk_stores(home, [dataset.name], recipe=recipe.fingerprint)[0]})
+    for path in folders:
         try:
             store = FeatureStore(path)
             there = set(store.ids.tolist()) | set(store.quarantined)

@@ -124,6 +124,8 @@ class Recipe:
         Parameters of the transform are compared one by one, as ``transform.NAME``.
         """
         mine, theirs = self.flat(), other.flat()
+        if self.nameless and other.nameless:
+            del mine["backbone"], theirs["backbone"]
         return {
             name: (mine.get(name), theirs.get(name))
             for name in {**mine, **theirs}

@@ -18,6 +18,7 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError, WeightsError
 from embcache.extract.extract import extract_features, recipe_network
+from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_features
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
@@ -141,6 +142,8 @@ def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, hom
     assert isinstance(again, FeatureStore)
     assert (again.path, again.recipe.backbone) == (store.path, "hf:net")
     assert str(tmp_path) not in (store.path / "recipe.json").read_text()
+    (planned,) = dry_run([f"hf:{tmp_path / 'elsewhere' / 'mirror'}"], dataset)
+    assert (planned.owed, planned.match is not None) == (0, True)
     network = recipe_network(store.recipe, weights=tmp_path / "elsewhere" / "mirror")
     assert network.backbone.weights_sha256 == store.recipe.weights_sha256
     with refused(WeightsError, "weights-not-found"):
