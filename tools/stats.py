@@ -16,7 +16,7 @@ GOAL = 27_000  # lines
 # Modules that may ask what an object has, how often, and of what.
 PROBING = {
     "embcache": 1, "embcache.cli": 1, "embcache.registry": 1,  # a name in a module
-    "embcache.backbones.hf_models": 11, "embcache.backbones.timm_models": 6, "embcache.figures.attention": 5,  # networks
+    "embcache.backbones.hf_models": 11, "embcache.backbones.timm_models": 6, "embcache.figures.attention": 5,  # of nets
     "embcache.backbones.hub": 1,  # errors of urllib
     "embcache.backbones.weights": 2, "embcache.commands.output": 3,  # a stream; errors of the system
     "embcache.cores": 2, "embcache.data.budget": 3, "embcache.data.formats": 2, "embcache.io": 4,  # os, sys and libc

@@ -175,9 +175,10 @@ def open_networks(
     specs = [repool(find_backbone(backbone), config.tokens, config.layers) for backbone in backbones]
     weights = weights_by_name([spec.name for spec in specs], config.weights)
     device, networks = split_devices(config.device)[0], []
-    for spec in specs:
+    for given, spec in zip(backbones, specs, strict=True):
         transform = choose_transform(spec, config.transform, files.sizes)
-        loaded = load_backbone(spec, weights=weights.get(spec.name), home=home, image_size=transform.size)
+        what = spec if spec.module is not None or spec.library else given  # a module is built once
+        loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
         networks.append(freeze(loaded, transform, device, config.precision, *views))
         _check_output(networks[-1])
@@ -334,7 +335,8 @@ def recipe_network(
     if spec.library and recipe.pooling != spec.pooling:
         pooling = Pooling.parse(recipe.pooling)
         spec = repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
-    loaded = load_backbone(spec, weights=weights, home=home, image_size=transform.size)
+    what = spec if spec.library else recipe.backbone
+    loaded = load_backbone(what, weights=weights, home=home, image_size=transform.size, imports=imports)
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 
 

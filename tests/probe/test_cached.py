@@ -136,7 +136,7 @@ def test_results_lists_run_ids(two: list[ImageDataset], home: Path) -> None:
 
 def test_attention_is_for_the_dvme_among_several_heads(two: list[ImageDataset], home: Path) -> None:
     line = ("probe", "--dataset", "first", "--backbone", "a,b", "--head", "linear,dvme", "--attention", "exact")
-    printed = json.loads(cli(*line, "--json", "-").stdout)
+    printed = json.loads(cli(*line, "--folds", "2", "--json", "-").stdout)
     assert [(r["head"], len(r["backbones"])) for r in printed] == [("linear", 1), ("linear", 1), ("dvme", 2)]
 
 
