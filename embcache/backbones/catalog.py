@@ -6,6 +6,7 @@ Listing backbones must not cost the import of torch, so modules that need it are
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,6 +100,10 @@ class Backbone:
             parameters=sum(parameter.numel() for parameter in module.parameters()), module=module, transform=transform,
             **{**known, **more},
         )  # fmt: skip
+
+    def at(self, size: tuple[int, int]) -> Backbone:
+        """The backbone over images of a height and width, which decide the number of patches."""
+        return replace(self, patches=math.prod(side // self.patch for side in size)) if self.patches else self
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -234,14 +239,14 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
     return replace(made, name=name)
 
 
-def repool(spec: Backbone, tokens: str | None, layers: str | None, folder: Path | None = None) -> Backbone:
+def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Backbone:
     """The backbone with the tokens and layers that a user names (`embcache.backbones.pooling`); without, as it is."""
     if tokens is None and layers is None:
         return spec
     if spec.library == "transformers":
         from embcache.backbones.hf_models import repool_hf
 
-        return replace(spec, **repool_hf(spec, tokens, layers, folder))
+        return replace(spec, **repool_hf(spec, tokens, layers))
     if spec.library == "timm":
         from embcache.backbones.timm_models import repool_timm
 

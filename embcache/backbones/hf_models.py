@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.hub import page_of, reaching_hub
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
 from embcache.backbones.transforms import Transform
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
@@ -41,7 +41,9 @@ class Family:
     norm: str  # the final norm, which layers before the last pass too
     class_token: bool = True
     pooler: bool = True  # whether ``pooler_output`` is a trained feature
-    interpolates: bool = False  # takes images of any size without being told
+    normed: bool = True  # whether the last hidden state has passed the final norm
+    masked: bool = False  # whether patches are left out at random, also in eval mode
+    interpolates: bool = False  # whether images of any size are taken without a keyword
     arguments: tuple[tuple[str, Any], ...] = ()  # of from_pretrained
 
 
@@ -51,11 +53,11 @@ FAMILIES: Mapping[str, Family] = {
     "dinov2_with_registers": Family("cls", "layernorm", interpolates=True),
     "dinov3_vit": Family("cls", "norm", interpolates=True),
     # Its last hidden state is not normed: the class token is that of the pooler.
-    "clip_vision_model": Family("pooler", "post_layernorm"),
+    "clip_vision_model": Family("pooler", "post_layernorm", normed=False),
     "siglip_vision_model": Family("pooler", "post_layernorm", class_token=False),  # pools by attention
     # Its pooler, a layer with tanh, is often not in the file.
     "vit": Family("cls", "layernorm", pooler=False, arguments=(("add_pooling_layer", False),)),
-    "vit_mae": Family("cls", "layernorm", pooler=False),
+    "vit_mae": Family("cls", "layernorm", pooler=False, masked=True),
 }
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models of images and texts
 # What names a file or a version rather than a network.
@@ -85,12 +87,12 @@ class ImageTower(nn.Module):
             states = [norm(output.hidden_states[1 + layer]) for layer in layers]
         else:
             last = output.last_hidden_state
-            states = [norm(last) if self.family is FAMILIES["clip_vision_model"] else last]
+            states = [last if self.family.normed else norm(last)]
         return pool_tokens(states, self.pooling.tokens, self.prefix)
 
     def _noise(self, images: Tensor) -> dict[str, Any]:
         """ViTMAE masks patches by random numbers, also in eval mode: rising ones leave all of them in order."""
-        if self.family is not FAMILIES["vit_mae"]:
+        if not self.family.masked:
             return self.arguments
         side: int = self.model.config.patch_size  # type: ignore[union-attr, assignment]
         number = (images.shape[2] // side) * (images.shape[3] // side)
@@ -141,9 +143,11 @@ def describe_hf(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     }
 
 
-def repool_hf(spec: Backbone, tokens: str | None, layers: str | None, folder: Path | None = None) -> Mapping[str, Any]:
+def repool_hf(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
-    config = _tower_config(spec, folder)
+    files = _folder(f"hf:{spec.origin}", _FILES)
+    config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
     family = _family(spec)
     pooling = choose_pooling(spec.name, tokens or family.pooling, layers, config.num_hidden_layers)
     if ("cls" in pooling.tokens and not family.class_token) or (pooling.tokens == "pooler" and not family.pooler):
@@ -183,31 +187,16 @@ def load_hf(
             found=f"{len(absent)} tensors are not in the file: {', '.join(map(str, absent[:3]))}",
             expected="every tensor of the image tower",
         )  # fmt: skip
-    if spec.network.startswith("transformers vit_mae"):
+    if family.masked:
         tower.config.mask_ratio = 0.0  # every patch, in the order that `ImageTower` sees to
     registers = getattr(tower.config, "num_register_tokens", 0)
     module = ImageTower(tower, family, Pooling.parse(spec.pooling), registers + family.class_token)
-    _check_size(spec, module, image_size or spec.input_size)
+    size = image_size or spec.input_size
+    if not family.interpolates and size != (tower.config.image_size,) * 2:
+        module.arguments = {"interpolate_pos_encoding": True}
+    try_size(spec, module, size)
     origin = folder.name if weights is not None or not _is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
     return module, hash_state(tower), origin, ""
-
-
-def _check_size(spec: Backbone, module: ImageTower, size: tuple[int, int]) -> None:
-    """Try one image of this height and width; towers of one size interpolate their positions where they can."""
-    own: int = module.model.config.image_size  # type: ignore[union-attr, assignment]
-    if not module.family.interpolates and size != (own, own):
-        module.arguments = {"interpolate_pos_encoding": True}
-    try:
-        if any(side % spec.patch for side in size):
-            raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
-        with torch.inference_mode():
-            module.eval()(torch.zeros(1, 3, *size))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{spec.name} cannot take images of {size[1]}×{size[0]}", code="image-size",
-            found=str(error).partition("\n")[0], expected=f"{spec.input_size[1]}×{spec.input_size[0]}",
-            fix="embcache extract --transform model …",
-        ) from error  # fmt: skip
 
 
 def _transform(name: str, transformers: Any, folder: Path) -> Transform:
@@ -283,12 +272,6 @@ def _canonical(name: str) -> str:
 
 def _family(spec: Backbone) -> Family:
     return FAMILIES[spec.network.split()[1]]
-
-
-def _tower_config(spec: Backbone, folder: Path | None) -> Any:
-    files = folder or _folder(f"hf:{spec.origin}", _FILES)
-    config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-    return getattr(config, "vision_config", config)
 
 
 def _transformers() -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embcache.errors import UsageError, check_choice
+
+if TYPE_CHECKING:
+    from embcache.backbones.catalog import Backbone
 
 TOKENS = ("cls", "mean", "cls+mean", "pooler", "patches")
 
@@ -56,6 +60,24 @@ def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Po
                 found=f"--tokens pooler --layers {layers}", fix="--tokens cls, mean or cls+mean",
             )  # fmt: skip
     return Pooling(tokens, numbers if numbers != (depth - 1,) else ())
+
+
+def try_size(
+    spec: Backbone, module: nn.Module, size: tuple[int, int], fit: Callable[[], object] = lambda: None
+) -> None:
+    """Refuse images of a height and width that a network does not take, by trying one after ``fit``."""
+    try:
+        if any(side % spec.patch for side in size):
+            raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
+        fit()
+        with torch.inference_mode():
+            module.eval()(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{spec.name} cannot take images of {size[1]}×{size[0]}", code="image-size",
+            found=str(error).partition("\n")[0], expected=f"{spec.input_size[1]}×{spec.input_size[0]}",
+            fix="embcache extract --transform model …",
+        ) from error  # fmt: skip
 
 
 def pool_tokens(states: Sequence[Tensor], tokens: str, prefix: int) -> Tensor:

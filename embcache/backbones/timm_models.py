@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
 from embcache.backbones.hub import reaching_hub
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
 from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
@@ -236,19 +236,8 @@ def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
 
 def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
     """Fit a fixed-size transformer to images of another size by timm's own resampling, and try one."""
-    try:
-        if any(side % spec.patch for side in image_size):
-            raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
-        if hasattr(module, "set_input_size"):  # some of timm's models have it
-            module.set_input_size(img_size=image_size)
-        with torch.inference_mode():
-            module.eval()(torch.zeros(1, 3, *image_size))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{spec.name} cannot take images of {image_size[1]}×{image_size[0]}", code="image-size",
-            found=str(error).partition("\n")[0], expected=f"{spec.input_size[1]}×{spec.input_size[0]}",
-            fix="embcache extract --transform model …",
-        ) from error  # fmt: skip
+    settable = hasattr(module, "set_input_size")  # some of timm's models have it
+    try_size(spec, module, image_size, lambda: settable and module.set_input_size(img_size=image_size))
 
 
 def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:

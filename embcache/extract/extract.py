@@ -172,13 +172,16 @@ def open_networks(
     home: PathLike | None = None,
 ) -> list[FrozenNetwork]:
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
-    specs = [repool(find_backbone(backbone), config.tokens, config.layers) for backbone in backbones]
-    weights = weights_by_name([spec.name for spec in specs], config.weights)
+    names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
+    weights = weights_by_name(names, config.weights)
+    found = [find_backbone(each, folder=weights.get(name)) for each, name in zip(backbones, names, strict=True)]
+    specs = [repool(spec, config.tokens, config.layers) for spec in found]
     device, networks = split_devices(config.device)[0], []
-    for given, spec in zip(backbones, specs, strict=True):
+    for given, name, spec in zip(backbones, names, specs, strict=True):
         transform = choose_transform(spec, config.transform, files.sizes)
+        spec = spec.at(transform.size)
         what = spec if spec.module is not None or spec.library else given  # a module is built once
-        loaded = load_backbone(what, weights=weights.get(spec.name), home=home, image_size=transform.size)
+        loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
         networks.append(freeze(loaded, transform, device, config.precision, *views))
         _check_output(networks[-1])
@@ -192,7 +195,7 @@ def open_networks(
 def _check_output(network: FrozenNetwork) -> None:
     """Refuse a network of others whose features are not of the length it states, before any image is read."""
     spec = network.backbone.spec
-    if spec.module is None and not spec.library:
+    if spec.module is None:
         return
     try:
         made: object = network.features(np.zeros((1, *network.transform.size, 3), np.uint8)).shape
@@ -335,7 +338,7 @@ def recipe_network(
     if spec.library and recipe.pooling != spec.pooling:
         pooling = Pooling.parse(recipe.pooling)
         spec = repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
-    what = spec if spec.library else recipe.backbone
+    what = spec.at(transform.size) if spec.library else recipe.backbone
     loaded = load_backbone(what, weights=weights, home=home, image_size=transform.size, imports=imports)
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
 

@@ -151,6 +151,9 @@ def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, hom
     patches = extract_features(f"hf:{tmp_path / 'net'}", dataset, config=ExtractConfig(tokens="patches"))
     assert isinstance(patches, FeatureStore)
     assert (patches.row_shape, patches.views) == ((16, 32), 1)
+    larger = extract_features("hf:net", dataset, tokens="patches", transform="imagenet", weights=tmp_path / "net")
+    assert isinstance(larger, FeatureStore)
+    assert larger.row_shape == (256, 32)
     with refused(UsageError, "not-vectors"):
         probe_features(dataset, ["hf:net"], subset="F", folds=2, recipe=patches.recipe.fingerprint[:12])
 
