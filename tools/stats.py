@@ -27,7 +27,7 @@ PROBING = {
 # Bounds that hold already; a measure without one is only printed.
 PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
-    "lines": 34_000,  # the goal is `GOAL`
+    "lines": 35_500,  # the goal is `GOAL`
     "files": 140,
     PROBES: 0,
     "files of more than 600 lines": 0,

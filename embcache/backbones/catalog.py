@@ -6,13 +6,16 @@ Listing backbones must not cost the import of torch, so modules that need it are
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from embcache.backbones.weights import Published, check_digest, find_weights, locate_weights, timm_filename
+from embcache.backbones.weights import Published, check_digest, find_model, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 from embcache.registry import Registry
@@ -59,8 +62,10 @@ class Backbone:
     crop_mode: str = "center"
     contaminated: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
-    library: str = ""  # that builds the network: "timm" or "transformers"
-    origin: str = field(default="", compare=False)  # where its files are: a repository or a folder
+    library: str = ""  # that builds the network: one of `LIBRARIES`
+    origin: str = field(default="", compare=False)  # where its files are: a repository, a folder or a file
+    model: str = ""  # of a row that another name describes, such as timm:NAME
+    gated: bool = False  # whether its publisher asks for terms to be accepted
     patches: int = 0  # tokens of a row (T, D), for features of patches
     transform: Transform | None = None
 
@@ -173,18 +178,67 @@ _ROWS = (
     _lite(2, 4_811_072, "9656183e"),
 )
 # fmt: on
-BACKBONES: Mapping[str, Backbone] = {row.name: row for row in _ROWS}
+
+
+def _read_rows() -> dict[str, Backbone]:
+    """Rows of models that libraries load, from ``catalog.toml``."""
+    rows = tomllib.loads((Path(__file__).parent / "catalog.toml").read_text("utf-8"))
+    fields: dict[str, Any] = {"dim": 0, "parameters": 0, "source": "", "license": "", "pooling": ""}
+    for row in rows.values():
+        row["timm_arguments"] = tuple(row.pop("arguments", {}).items())
+        row["contaminated"] = tuple(row.get("contaminated", ()))
+    return {name: Backbone(**{"name": name, "network": row["model"], **fields, **row}) for name, row in rows.items()}
+
+
+BACKBONES: Mapping[str, Backbone] = {**{row.name: row for row in _ROWS}, **_read_rows()}
 backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}, BACKBONES)
 """Names of backbones: the rows above, those of installed packages, and those registered in this process."""
+
+
+class Library(Protocol):
+    """What the module of a library offers (`LIBRARIES`)."""
+
+    def describe(self, name: str, folder: Path | None) -> Mapping[str, Any]:
+        """The fields of the `Backbone` of a name with its prefix; ``folder`` has its files, if the user named them."""
+
+    def repool(self, spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
+        """The fields that change where a user names tokens or layers."""
+
+    def load(
+        self, spec: Backbone, weights: PathLike | None, home: PathLike | None, image_size: tuple[int, int] | None,
+        allow_download: bool,
+    ) -> tuple[nn.Module, str, str, str]:  # fmt: skip
+        """The network with its weights, their digest, where they came from, and what was chosen in a user's file."""
+
+    def build(self, spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+        """The network for images of this height and width, its weights still to be filled."""
+
+
+# Prefix of the names of a library's models → the module that loads them.
+LIBRARIES = {
+    "timm": "embcache.backbones.timm_models",
+    "hf": "embcache.backbones.hf_models",
+}
+FORMS = "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER"
+"""Names of backbones in addition to those of rows, for messages."""
+
+
+def library_of(spec: Backbone) -> Library:
+    """The module that loads the model of a backbone."""
+    return _library(spec.library)
+
+
+def _library(prefix: str) -> Library:
+    return cast(Library, importlib.import_module(LIBRARIES[prefix]))
 
 
 def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | None = None) -> Backbone:
     """Look a backbone up by name.
 
-    ``name`` is a registered name, ``random:SEED`` (``random:0`` is ``random``), ``timm:NAME``,
-    ``timm:hf-hub:ORG/NAME``, ``hf:ORG/NAME`` or ``hf:FOLDER``, ``package.module:function`` with a function that returns
-    a `Backbone`, or a `Backbone`, which is returned as it is. With ``imports`` False no code is imported: for a name
-    that only a file gives. ``folder`` has the files of a model of transformers.
+    ``name`` is a registered name, ``random:SEED`` (``random:0`` is ``random``), the prefix of a library and what it
+    loads (``timm:NAME``, ``hf:ORG/NAME``, …), ``package.module:function`` with a function that returns a `Backbone`, a
+    name of the user's own and one of these (``mine=timm:NAME``), or a `Backbone`, which is returned as it is. With
+    ``imports`` False no code is imported: for a name that only a file gives. ``folder`` has the files of a model.
 
     Raises
     ------
@@ -195,15 +249,36 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
     """
     if isinstance(name, Backbone):
         return name
-    if name.startswith("timm:"):
-        from embcache.backbones.timm_models import describe_timm
+    own, equals, model = name.partition("=")
+    if equals:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", own) or own in backbones:
+            raise UsageError(
+                f"{own!r} cannot be the name of a backbone of your own", code="own-name", found=name,
+                expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",
+                fix=f"--backbone mine={model}",
+            )  # fmt: skip
+        return replace(find_backbone(model, imports=imports, folder=folder), name=name)
+    spec = known_backbone(name, imports=imports, folder=folder)
+    if not spec.model:
+        return spec
+    found = known_backbone(spec.model, folder=folder)
+    if spec.pooling not in ("", found.pooling):
+        found = replace(found, **library_of(found).repool(found, spec.pooling, None))
+    if spec.dim not in (0, found.dim):
+        raise UsageError(
+            f"{name} is not the model that embcache knows", code="backbone-dim", where=found.origin or spec.model,
+            expected=f"{spec.dim} features", found=f"{found.dim}", fix=f"--backbone {spec.model}",
+        )  # fmt: skip
+    known = {key: vars(spec)[key] for key in ("name", "source", "license", "contaminated", "gated")}
+    return replace(found, **{key: value for key, value in known.items() if value})
 
-        return Backbone(**describe_timm(name))
-    if name.startswith("hf:"):
-        from embcache.backbones.hf_models import describe_hf
 
-        return Backbone(**describe_hf(name, folder))
-    if name.startswith("random:"):
+def known_backbone(name: str, *, imports: bool = True, folder: Path | None = None) -> Backbone:
+    """What is known about a name without the files of a row's model; else as `find_backbone`."""
+    prefix, colon, _ = name.partition(":")
+    if colon and prefix in LIBRARIES:
+        return Backbone(**_library(prefix).describe(name, folder))
+    if colon and prefix == "random":
         digits = name.removeprefix("random:")
         if not (digits.isascii() and digits.isdigit() and int(digits) < 2**63):
             raise UsageError(
@@ -219,7 +294,7 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
             fix=(f"--trust {name}", f"--backbone {name}", "register it by an entry point of its package"),
         )  # fmt: skip
     if ":" not in name and name not in backbones:
-        raise backbones.unknown(name, "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER")
+        raise backbones.unknown(name, FORMS)
     found = backbones.get(name)
     made: object = found
     if callable(found):
@@ -243,14 +318,8 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Backbone:
     """The backbone with the tokens and layers that a user names (`embcache.backbones.pooling`); without, as it is."""
     if tokens is None and layers is None:
         return spec
-    if spec.library == "transformers":
-        from embcache.backbones.hf_models import repool_hf
-
-        return replace(spec, **repool_hf(spec, tokens, layers))
-    if spec.library == "timm":
-        from embcache.backbones.timm_models import repool_timm
-
-        return replace(spec, **repool_timm(spec, tokens, layers))
+    if spec.library:
+        return replace(spec, **library_of(spec).repool(spec, tokens, layers))
     raise UsageError(
         f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=f"pooling {spec.pooling}",
         expected="a vision transformer, as timm:NAME or hf:NAME", fix="leave out --tokens and --layers",
@@ -304,14 +373,8 @@ def load_backbone(
             return _freeze(spec, own, checkpoints.hash_state(own), "a module of your own")
         module = networks.resnet50(seed=spec.seed or 0)
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
-    if spec.library == "transformers":
-        from embcache.backbones.hf_models import load_hf
-
-        return _freeze(spec, *load_hf(spec, weights, image_size))
-    if spec.library == "timm":
-        from embcache.backbones.timm_models import load_timm
-
-        return _freeze(spec, *load_timm(spec, weights, home, image_size, allow_download))
+    if spec.library:
+        return _freeze(spec, *library_of(spec).load(spec, weights, home, image_size, allow_download))
     path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
@@ -331,15 +394,16 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
     """Describe whether a backbone's weights are on this machine, without reading or fetching anything."""
-    if name.startswith("hf:"):
-        from embcache.backbones.hf_models import find_folder
-
-        folder = find_folder(name)
-        return f"here: {folder}" if folder is not None else "not here: downloaded when first used"
-    if name.startswith("timm:"):
-        published = Published(filename=timm_filename(name))
+    spec = BACKBONES.get(name)
+    model = spec.model if spec and spec.model else name.rpartition("=")[2]
+    prefix, colon, rest = model.partition(":")
+    if colon and prefix in LIBRARIES and prefix != "timm":
+        path = find_model(rest, home)
+        return f"here: {path}" if path is not None else "not here: downloaded when first used"
+    if prefix == "timm" and colon:
+        published = Published(filename=timm_filename(model))
     else:
-        spec = find_backbone(name)
+        spec = find_backbone(model)
         if not spec.pretrained:
             return "none needed"
         published = spec.weights

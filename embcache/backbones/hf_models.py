@@ -25,6 +25,7 @@ from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.hub import page_of, reaching_hub
 from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
 from embcache.backbones.transforms import Transform
+from embcache.backbones.weights import find_model
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 from embcache.sealed import canonical_json
@@ -99,7 +100,7 @@ class ImageTower(nn.Module):
         return {"noise": torch.arange(number, device=images.device).expand(len(images), -1), **self.arguments}
 
 
-def describe_hf(name: str, folder: Path | None = None) -> Mapping[str, Any]:
+def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     """The fields of the `Backbone` of a model of transformers, by its own configuration; ``folder`` has its files."""
     files = folder or _folder(name, _FILES)
     transformers = _transformers()
@@ -138,12 +139,12 @@ def describe_hf(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         "interpolation": transform.interpolation,
         "input_size": transform.size,
         "transform": transform,
-        "library": "transformers",
+        "library": "hf",
         "origin": str(folder) if folder is not None else name.removeprefix("hf:"),
     }
 
 
-def repool_hf(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
+def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
     files = _folder(f"hf:{spec.origin}", _FILES)
     config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
@@ -161,11 +162,16 @@ def repool_hf(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping
     return {"pooling": str(pooling), "dim": pooling.width(config.hidden_size), "patches": patches}
 
 
-def load_hf(
-    spec: Backbone, weights: PathLike | None, image_size: tuple[int, int] | None
+def load(
+    spec: Backbone,
+    weights: PathLike | None,
+    home: PathLike | None,
+    image_size: tuple[int, int] | None,
+    allow_download: bool,
 ) -> tuple[nn.Module, str, str, str]:
     """The image tower with its weights, the digest of its tensors, and where it came from."""
-    folder = Path(weights) if weights is not None else _folder(f"hf:{spec.origin}", (*_FILES, *_WEIGHTS))
+    name, patterns = f"hf:{spec.origin if weights is None else weights}", (*_FILES, *_WEIGHTS)
+    folder = _folder(name, patterns, allow_download)
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(
             f"{spec.name} has no safetensors", code="weights-not-safetensors", where=folder,
@@ -222,10 +228,10 @@ def _transform(name: str, transformers: Any, folder: Path) -> Transform:
     return Transform.from_dict({"kind": "model", **settled, "interpolation": filter_, "mean": mean, "std": std})
 
 
-def _folder(name: str, patterns: tuple[str, ...]) -> Path:
+def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -> Path:
     """The folder of a model's files: the one named, that in the weights folder, or the hub's, fetched if need be."""
     text = name.removeprefix("hf:")
-    if (found := find_folder(name)) is not None:
+    if (found := find_model(text)) is not None:
         return found
     if not _is_repository(text):
         raise WeightsError(
@@ -245,18 +251,14 @@ def _folder(name: str, patterns: tuple[str, ...]) -> Path:
     with reaching_hub(name, text, "config.json", unavailable):
         try:
             fetched = huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(patterns)
+                repository,
+                revision=revision or None,
+                allow_patterns=list(patterns),
+                local_files_only=not allow_download,
             )
         except LocalEntryNotFoundError as error:
             raise unavailable(str(error).partition("\n")[0]) from error
     return Path(fetched)
-
-
-def find_folder(name: str) -> Path | None:
-    """The folder of a model's files on this machine that a name says, or that lies in the weights folder."""
-    text = name.removeprefix("hf:")
-    folders = (Path(text).expanduser(), weights_dir() / text)
-    return next((path for path in folders if (path / "config.json").is_file()), None)
 
 
 def _is_repository(text: str) -> bool:

@@ -53,7 +53,7 @@ _UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, Runti
 
 
 @functools.cache
-def describe_timm(name: str) -> Mapping[str, Any]:
+def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     """The fields of the `Backbone` of a timm model, by its own configuration."""
     model_name = name.removeprefix("timm:")
     lower = model_name.lower()
@@ -107,7 +107,7 @@ def _unusable(model_name: str, error: Exception) -> UsageError:
     )  # fmt: skip
 
 
-def load_timm(
+def load(
     spec: Backbone,
     weights: PathLike | None,
     home: PathLike | None,
@@ -152,7 +152,7 @@ class TokenPooling(nn.Module):
         return pool_tokens(states, self.pooling.tokens, self.model.num_prefix_tokens)
 
 
-def repool_timm(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
+def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
     model = _skeleton(spec.timm, dict(spec.timm_arguments))
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)  # of some of its models
@@ -172,7 +172,7 @@ def repool_timm(spec: Backbone, tokens: str | None, layers: str | None) -> Mappi
     return {"pooling": str(pooling), "dim": pooling.width(int(model.embed_dim)), "patches": patches}
 
 
-def build_timm(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """Build a timm model for images of this height and width, its weights still to be filled."""
     module: nn.Module = _create(spec.timm, dict(spec.timm_arguments))
     if image_size != spec.input_size:

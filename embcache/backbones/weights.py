@@ -52,6 +52,12 @@ def timm_filename(name: str) -> str:
     return name.removeprefix("timm:").removeprefix("hf-hub:").replace("/", "--") + ".safetensors"
 
 
+def find_model(text: str, home: PathLike | None = None) -> Path | None:
+    """The folder or file of a library's model that is at this path, or under this name in the weights folder."""
+    paths = (Path(text).expanduser(), weights_dir(home) / text)
+    return next((path for path in paths if path.is_file() or (path / "config.json").is_file()), None)
+
+
 def find_weights(published: Published, folder: Path) -> Path | None:
     """The checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched."""
     path = folder / published.filename

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, weights_status
+from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, known_backbone, weights_status
 from embcache.backbones.catalog import backbones as registry
 from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
 from embcache.commands.output import echo, echo_pairs, print_objects, print_table
@@ -204,9 +204,9 @@ def backbones(
     named = split_list(names)
     chosen = [find_backbone(name) for name in named]
     if not named:
-        found = dict(registry.each(find_backbone))
+        found = dict(registry.each(known_backbone))
         chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
-    statuses = {spec.name: weights_status(f"hf:{spec.origin}" if spec.origin else spec.name, home) for spec in chosen}
+    statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
 
     def show_details() -> None:
         for k, spec in enumerate(chosen):

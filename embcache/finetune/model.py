@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embcache.backbones.catalog import Backbone, find_backbone
+from embcache.backbones.catalog import Backbone, find_backbone, library_of
 from embcache.backbones.networks import build_network
-from embcache.backbones.timm_models import build_timm
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import arithmetic, pick_device
@@ -112,7 +111,7 @@ def assemble(
 
 def empty_backbone(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """A backbone's network for images of this height and width, its weights still to be filled."""
-    return build_timm(spec, image_size) if spec.library == "timm" else build_network(spec.network)
+    return library_of(spec).build(spec, image_size) if spec.library else build_network(spec.network)
 
 
 @dataclass(frozen=True, eq=False)

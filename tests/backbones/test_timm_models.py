@@ -20,7 +20,7 @@ from torch import Tensor
 from embcache.backbones import timm_models
 from embcache.backbones.catalog import load_backbone
 from embcache.backbones.checkpoints import hash_state
-from embcache.backbones.timm_models import describe_timm
+from embcache.backbones.timm_models import describe as describe_timm
 from embcache.errors import UsageError, WeightsError
 from tests.refusal import refused
 
