@@ -199,7 +199,7 @@ class Library(Protocol):
     """What the module of a library offers (`LIBRARIES`)."""
 
     def describe(self, name: str, folder: Path | None) -> Mapping[str, Any]:
-        """The fields of the `Backbone` of a name with its prefix; ``folder`` has its files, if the user named them."""
+        """The fields of the `Backbone` of a name with its prefix; ``folder`` has its files, if they are here."""
 
     def repool(self, spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
         """The fields that change where a user names tokens or layers."""
@@ -232,13 +232,16 @@ def _library(prefix: str) -> Library:
     return cast(Library, importlib.import_module(LIBRARIES[prefix]))
 
 
-def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | None = None) -> Backbone:
+def find_backbone(
+    name: str | Backbone, *, imports: bool = True, folder: Path | None = None, home: PathLike | None = None
+) -> Backbone:
     """Look a backbone up by name.
 
     ``name`` is a registered name, ``random:SEED`` (``random:0`` is ``random``), the prefix of a library and what it
     loads (``timm:NAME``, ``hf:ORG/NAME``, …), ``package.module:function`` with a function that returns a `Backbone`, a
     name of the user's own and one of these (``mine=timm:NAME``), or a `Backbone`, which is returned as it is. With
-    ``imports`` False no code is imported: for a name that only a file gives. ``folder`` has the files of a model.
+    ``imports`` False no code is imported: for a name that only a file gives. ``folder`` has the files of a model; else
+    they are looked for in the weights folder, which ``home`` decides if ``$EMBCACHE_WEIGHTS`` does not.
 
     Raises
     ------
@@ -257,11 +260,11 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
                 expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",
                 fix=f"--backbone mine={model}",
             )  # fmt: skip
-        return replace(find_backbone(model, imports=imports, folder=folder), name=name)
-    spec = known_backbone(name, imports=imports, folder=folder)
+        return replace(find_backbone(model, imports=imports, folder=folder, home=home), name=name)
+    spec = known_backbone(name, imports=imports, folder=folder, home=home)
     if not spec.model:
         return spec
-    found = known_backbone(spec.model, folder=folder)
+    found = known_backbone(spec.model, folder=folder, home=home)
     if spec.pooling not in ("", found.pooling):
         found = replace(found, **library_of(found).repool(found, spec.pooling, None))
     if spec.dim not in (0, found.dim):
@@ -273,11 +276,13 @@ def find_backbone(name: str | Backbone, *, imports: bool = True, folder: Path | 
     return replace(found, **{key: value for key, value in known.items() if value})
 
 
-def known_backbone(name: str, *, imports: bool = True, folder: Path | None = None) -> Backbone:
+def known_backbone(
+    name: str, *, imports: bool = True, folder: Path | None = None, home: PathLike | None = None
+) -> Backbone:
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
-    prefix, colon, _ = name.partition(":")
+    prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
-        return Backbone(**_library(prefix).describe(name, folder))
+        return Backbone(**_library(prefix).describe(name, folder or find_model(rest, home)))
     if colon and prefix == "random":
         digits = name.removeprefix("random:")
         if not (digits.isascii() and digits.isdigit() and int(digits) < 2**63):
@@ -361,7 +366,7 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
-    spec = find_backbone(name, imports=imports, folder=None if weights is None else Path(weights))
+    spec = find_backbone(name, imports=imports, folder=None if weights is None else Path(weights), home=home)
     if not spec.pretrained:
         if weights is not None:
             raise UsageError(

@@ -27,7 +27,7 @@ from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try
 from embcache.backbones.transforms import Transform
 from embcache.backbones.weights import find_model
 from embcache.errors import UsageError, WeightsError
-from embcache.paths import PathLike, weights_dir
+from embcache.paths import PathLike
 from embcache.sealed import canonical_json
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -
     if not _is_repository(text):
         raise WeightsError(
             f"the model {name} is not here", code="weights-not-found", found="no folder with a config.json",
-            where=weights_dir() / text, expected="hf:ORG/NAME, hf:FOLDER, or a folder in the weights folder",
+            where=Path(text), expected="hf:ORG/NAME, hf:FOLDER, or a folder in the weights folder",
             fix=f"--weights {name}=FOLDER",
         )  # fmt: skip
     repository, _, revision = text.partition("@")

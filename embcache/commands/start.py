@@ -202,7 +202,7 @@ def backbones(
     package.module:function, a function that returns a Backbone.
     """
     named = split_list(names)
-    chosen = [find_backbone(name) for name in named]
+    chosen = [find_backbone(name, home=home) for name in named]
     if not named:
         found = dict(registry.each(known_backbone))
         chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]

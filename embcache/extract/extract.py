@@ -174,7 +174,7 @@ def open_networks(
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
     names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
     weights = weights_by_name(names, config.weights)
-    found = [find_backbone(each, folder=weights.get(name)) for each, name in zip(backbones, names, strict=True)]
+    found = [find_backbone(b, folder=weights.get(name), home=home) for b, name in zip(backbones, names, strict=True)]
     specs = [repool(spec, config.tokens, config.layers) for spec in found]
     device, networks = split_devices(config.device)[0], []
     for given, name, spec in zip(backbones, names, specs, strict=True):
@@ -334,7 +334,8 @@ def recipe_network(
 ) -> FrozenNetwork:
     """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
     transform = recipe_transform(recipe)
-    spec = find_backbone(recipe.backbone, imports=imports, folder=None if weights is None else Path(weights))
+    folder = None if weights is None else Path(weights)
+    spec = find_backbone(recipe.backbone, imports=imports, folder=folder, home=home)
     if spec.library and recipe.pooling != spec.pooling:
         pooling = Pooling.parse(recipe.pooling)
         spec = repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)

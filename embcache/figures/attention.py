@@ -232,7 +232,7 @@ def image_attention(
         raise UsageError("the image does not exist", code="image-not-found", expected="an image file",
                          found=str(image), fix="--image FILE")  # fmt: skip
     pixels, _ = read_image(path.resolve().parent, path.name)
-    chosen = choose_transform(find_backbone(backbone), transform, {(pixels.shape[1], pixels.shape[0])})
+    chosen = choose_transform(find_backbone(backbone, home=home), transform, {(pixels.shape[1], pixels.shape[0])})
     loaded = load_backbone(backbone, weights=weights, home=home, image_size=chosen.size)
     return class_attention(loaded, chosen, chosen.geometry(pixels))
 

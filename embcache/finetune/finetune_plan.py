@@ -119,7 +119,7 @@ def load_networks(
     allow_download: bool = True,
 ) -> Networks:
     """Check a request before anything is decoded, and load its networks."""
-    specs = tuple(find_backbone(name) for name in backbones)
+    specs = tuple(find_backbone(name, home=home) for name in backbones)
     head = check_head(find_head(config.head), [spec.name for spec in specs])
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)

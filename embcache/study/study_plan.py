@@ -58,7 +58,7 @@ class DatasetState:
             return
         probed = {name for model in self.models if model.kind != "finetune" for name in model.backbones}
         for backbone in dict.fromkeys(name for model in self.models for name in model.backbones):
-            find_backbone(backbone)  # an unknown name is an error before anything is done
+            find_backbone(backbone, home=self.home)  # an unknown name is an error before anything is done
             if backbone in self.broken:
                 continue
             owed = len(self.ds)

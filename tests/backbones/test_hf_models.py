@@ -158,6 +158,22 @@ def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, hom
         probe_features(dataset, ["hf:net"], subset="F", folds=2, recipe=patches.recipe.fingerprint[:12])
 
 
+def test_models_are_found_in_the_weights_folder_of_a_home(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EMBCACHE_WEIGHTS", raising=False)
+    monkeypatch.setenv("EMBCACHE_HOME", str(tmp_path / "other"))
+    make("dinov2", tmp_path / "own" / "weights" / "lab" / "net")
+    store = extract_features("hf:lab/net", load_dataset("folder", images), home=tmp_path / "own")
+    assert isinstance(store, FeatureStore)
+    assert store.recipe.backbone == "hf:lab/net"
+    assert find_backbone("hf:lab/net", home=tmp_path / "own").dim == 32
+    network = recipe_network(store.recipe, home=tmp_path / "own")
+    assert network.backbone.weights_sha256 == store.recipe.weights_sha256
+    with refused(WeightsError, "weights-not-found"):
+        find_backbone("hf:net", home=tmp_path / "other")
+
+
 def test_what_cannot_be_used_is_one_message(tmp_path: Path, home: Path, images: Path) -> None:
     make("dinov2", tmp_path / "net")
     path = tmp_path / "net" / "config.json"
