@@ -15,7 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from embcache.backbones.weights import Published, check_digest, find_model, find_weights, locate_weights, timm_filename
+from embcache.backbones.weights import (
+    Published,
+    check_digest,
+    find_cached,
+    find_model,
+    find_weights,
+    locate_weights,
+    timm_filename,
+)
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 from embcache.registry import Registry
@@ -64,8 +72,8 @@ class Backbone:
     module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
     library: str = ""  # that builds the network: one of `LIBRARIES`
     origin: str = field(default="", compare=False)  # where its files are: a repository, a folder or a file
-    model: str = ""  # of a row that another name describes, such as timm:NAME
-    gated: bool = False  # whether its publisher asks for terms to be accepted
+    model: str = ""  # of a row of catalog.toml: the name that its library knows, such as timm:NAME
+    gated: bool | None = None  # whether its publisher asks for terms to be accepted; None: not known
     patches: int = 0  # tokens of a row (T, D), for features of patches
     transform: Transform | None = None
 
@@ -114,6 +122,12 @@ class Backbone:
     def row_shape(self) -> tuple[int, ...]:
         """Shape of an image's features: (D,), or (T, D) of patches."""
         return (self.patches, self.dim) if self.patches else (self.dim,)
+
+    @property
+    def repository(self) -> str:
+        """ORG/NAME of a row's model on the Hugging Face hub; empty if its library knows where the files are."""
+        prefix, _, rest = self.model.partition(":")
+        return rest.removeprefix("hf-hub:").partition("@")[0] if prefix == "hf" or rest.startswith("hf-hub:") else ""
 
     @property
     def pretrained(self) -> bool:
@@ -191,6 +205,7 @@ def _read_rows() -> dict[str, Backbone]:
 
 
 BACKBONES: Mapping[str, Backbone] = {**{row.name: row for row in _ROWS}, **_read_rows()}
+_MODELS = {(row.repository or row.model).lower(): row for row in BACKBONES.values() if row.model}
 backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}, BACKBONES)
 """Names of backbones: the rows above, those of installed packages, and those registered in this process."""
 
@@ -262,9 +277,9 @@ def find_backbone(
             )  # fmt: skip
         return replace(find_backbone(model, imports=imports, folder=folder, home=home), name=name)
     spec = known_backbone(name, imports=imports, folder=folder, home=home)
-    if not spec.model:
+    if not spec.model or spec.library:
         return spec
-    found = known_backbone(spec.model, folder=folder, home=home)
+    found = replace(known_backbone(spec.model, folder=folder, home=home), name=name, model=spec.model)
     if spec.pooling not in ("", found.pooling):
         found = replace(found, **library_of(found).repool(found, spec.pooling, None))
     if spec.dim not in (0, found.dim):
@@ -272,8 +287,7 @@ def find_backbone(
             f"{name} is not the model that embcache knows", code="backbone-dim", where=found.origin or spec.model,
             expected=f"{spec.dim} features", found=f"{found.dim}", fix=f"--backbone {spec.model}",
         )  # fmt: skip
-    known = {key: vars(spec)[key] for key in ("name", "source", "license", "contaminated", "gated")}
-    return replace(found, **{key: value for key, value in known.items() if value})
+    return found
 
 
 def known_backbone(
@@ -282,7 +296,10 @@ def known_backbone(
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
-        return Backbone(**_library(prefix).describe(name, folder or find_model(rest, home)))
+        spec = Backbone(**_library(prefix).describe(name, folder or find_model(rest, home)))
+        row = vars(row_of(name) or spec)
+        facts = {key: row[key] for key in ("source", "license", "contaminated", "gated")}
+        return replace(spec, **{key: value for key, value in facts.items() if value not in ("", (), None)})
     if colon and prefix == "random":
         digits = name.removeprefix("random:")
         if not (digits.isascii() and digits.isdigit() and int(digits) < 2**63):
@@ -317,6 +334,13 @@ def known_backbone(
             found=type(made).__name__, where=name,
         )  # fmt: skip
     return replace(made, name=name)
+
+
+def row_of(name: str) -> Backbone | None:
+    """The row of a model by the name that its library knows, in upper or lower case."""
+    prefix, _, rest = name.lower().partition(":")
+    hub = rest.removeprefix("hf-hub:").partition("@")[0]
+    return _MODELS.get(f"{prefix}:{rest}") or _MODELS.get(hub)
 
 
 def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Backbone:
@@ -399,21 +423,23 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
     """Describe whether a backbone's weights are on this machine, without reading or fetching anything."""
-    spec = BACKBONES.get(name)
-    model = spec.model if spec and spec.model else name.rpartition("=")[2]
-    prefix, colon, rest = model.partition(":")
-    if colon and prefix in LIBRARIES and prefix != "timm":
-        path = find_model(rest, home)
-        return f"here: {path}" if path is not None else "not here: downloaded when first used"
-    if prefix == "timm" and colon:
-        published = Published(filename=timm_filename(model))
+    row = BACKBONES.get(name)
+    model = row.model if row and row.model else name.rpartition("=")[2]
+    prefix, _, rest = model.partition(":")
+    published, cached = Published(), None
+    if prefix in LIBRARIES or (row and row.model):
+        cached = find_cached(rest.removeprefix("hf-hub:"), ".safetensors", ".bin")
+        if prefix == "timm":
+            published = Published(filename=timm_filename(model))
+        else:
+            cached = find_model(rest, home) or cached
     else:
         spec = find_backbone(model)
         if not spec.pretrained:
             return "none needed"
         published = spec.weights
     try:
-        path = find_weights(published, weights_dir(home))
+        path = find_weights(published, weights_dir(home)) or cached
     except WeightsError as error:
         return f"not usable: {error.problem}"
     if path is not None:

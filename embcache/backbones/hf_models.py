@@ -124,7 +124,8 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     canonical = {key: value for key, value in tower.to_diff_dict().items() if key not in _VOLATILE}
     digest = hashlib.sha256(canonical_json(canonical).encode()).hexdigest()
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in transformers.AutoModel.from_config(tower).parameters())
+        network = transformers.AutoModel.from_config(tower, **dict(family.arguments))
+        parameters = sum(parameter.numel() for parameter in network.parameters())
     return {
         "name": _canonical(name),
         "network": f"transformers {sort} {digest[:16]}",

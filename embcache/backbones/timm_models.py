@@ -11,10 +11,10 @@ import contextlib
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import timm
@@ -26,6 +26,7 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
+from embcache.backbones.catalog import Backbone, row_of
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
 from embcache.backbones.hub import reaching_hub
 from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
@@ -33,20 +34,8 @@ from embcache.backbones.weights import Published, check_digest, download, find_w
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
 
-if TYPE_CHECKING:
-    from embcache.backbones.catalog import Backbone
-
-# Arguments of timm.create_model that authors state on their model cards and not in their configuration on the hub.
-# Names are in lower case. A wrong argument cannot go unnoticed: weights are loaded strictly.
-ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
-    "hf-hub:mahmoodlab/uni": {"init_values": 1e-5, "dynamic_img_size": True},
-    "hf-hub:bioptimus/h-optimus-0": {"init_values": 1e-5, "dynamic_img_size": False},
-    "hf-hub:bioptimus/h-optimus-1": {"init_values": 1e-5, "dynamic_img_size": False},
-    "hf-hub:paige-ai/virchow": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "global_pool": "token"},
-    "hf-hub:paige-ai/virchow2": {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "global_pool": "token"},
-}
-# Part of a name, in lower case → datasets whose images it was pretrained on.
-CONTAMINATED: Mapping[str, tuple[str, ...]] = {"rad-dino": ("nih",), "rad_dino": ("nih",)}
+# What rows of catalog.toml may name as the value of an argument that ends in _layer.
+LAYERS: Mapping[str, Callable[..., nn.Module]] = {"SwiGLUPacked": SwiGLUPacked, "SiLU": nn.SiLU}
 _CHOOSE = "choose another model; see `embcache backbones`"
 # What timm raises for a configuration of the hub that is not in its layout, and for networks that it cannot build.
 _UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -65,13 +54,16 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             expected="timm:NAME with a name that timm lists, or timm:hf-hub:ORG/NAME",
             fix="python -c 'import timm; print(*timm.list_models(pretrained=True), sep=\"\\n\")'",
         )  # fmt: skip
-    arguments = dict(ARGUMENTS.get(lower, {}))
+    # What the authors state on their card. A wrong argument cannot go unnoticed: weights are loaded strictly.
+    row = row_of(name)
+    arguments = dict(row.timm_arguments) if row else {}
     if "vit" in lower and "dinov3" in lower:
         # timm averages the patches of DINOv3 by default; the published feature is the class token.
         arguments["global_pool"] = "token"
     try:
         model = _skeleton(model_name, arguments)
         config, data = model.pretrained_cfg, resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+        origin = str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights")
         height, width = (int(side) for side in data["input_size"][-2:])
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return {
@@ -79,7 +71,8 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             "network": f"timm {model_name}",
             "dim": _feature_length(model, (height, width), name),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "source": str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
+            "source": origin,
+            "origin": origin,
             "license": str(config.get("license") or "see its model card"),
             "patch": int(max(patch) if isinstance(patch, tuple) else patch),
             "pooling": "timm",
@@ -93,7 +86,6 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             "input_size": (height, width),
             "crop_pct": float(data["crop_pct"]),
             "crop_mode": str(data["crop_mode"]),
-            "contaminated": next((names for part, names in CONTAMINATED.items() if part in lower), ()),
         }
     except _UNUSABLE as error:
         raise _unusable(model_name, error) from error
@@ -122,7 +114,7 @@ def load(
         path = find_weights(spec.weights, folder)
     if path is None:
         path = _fetch(spec, folder, allow_download)
-        origin = f" of {spec.source}"
+        origin = f" of {spec.origin}"
     checkpoint = read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
@@ -207,8 +199,9 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any,
 def _create(model_name: str, arguments: Mapping[str, Any]) -> Any:
     # Any: what a timm model has in addition to nn.Module is not in its type.
     reached = _hub(model_name, "config.json") if model_name.startswith("hf-hub:") else contextlib.nullcontext()
+    made: dict[str, Any] = {key: LAYERS[value] if key.endswith("_layer") else value for key, value in arguments.items()}
     with torch.random.fork_rng(devices=[]), reached:
-        return timm.create_model(model_name, **{"pretrained": False, "num_classes": 0, **arguments})
+        return timm.create_model(model_name, **{"pretrained": False, "num_classes": 0, **made})
 
 
 def _skeleton(model_name: str, arguments: Mapping[str, Any]) -> Any:

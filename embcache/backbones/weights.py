@@ -58,6 +58,20 @@ def find_model(text: str, home: PathLike | None = None) -> Path | None:
     return next((path for path in paths if path.is_file() or (path / "config.json").is_file()), None)
 
 
+def find_cached(repository: str, *suffixes: str) -> Path | None:
+    """The folder of a repository, ``ORG/NAME[@REVISION]``, in the hub's cache, if it has a file that ends so."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # costs no import of the library itself
+
+    hub_id, _, revision = repository.partition("@")
+    folder = Path(HF_HUB_CACHE, "models--" + hub_id.replace("/", "--"))
+    try:
+        commit = (folder / "refs" / (revision or "main")).read_text("utf-8").strip()
+        files = list((folder / "snapshots" / commit).iterdir())
+    except (OSError, ValueError):
+        return None
+    return next((file.parent for file in files if file.name.endswith(suffixes)), None)
+
+
 def find_weights(published: Published, folder: Path) -> Path | None:
     """The checkpoint's file in ``folder``, else in its package, else None; nothing is read or fetched."""
     path = folder / published.filename

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone, known_backbone, weights_status
+from embcache.backbones.catalog import BACKBONES, FORMS, Backbone, find_backbone, known_backbone, weights_status
 from embcache.backbones.catalog import backbones as registry
+from embcache.backbones.weights import find_cached, find_model
 from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
-from embcache.commands.output import echo, echo_pairs, print_objects, print_table
+from embcache.commands.output import echo, echo_pairs, print_note, print_objects, print_table
 from embcache.config import DatasetRef
-from embcache.errors import UsageError
+from embcache.errors import EmbcacheError, UsageError
 from embcache.fields import split_list
 from embcache.paths import weights_dir
 
@@ -193,20 +194,30 @@ def _print_survey(dataset: ImageDataset) -> None:
 def backbones(
     *,
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these, with all details.")] = None,
+    search: Annotated[
+        str | None, "WORDS", "List those with all of these words in their name, model, weights or license."
+    ] = None,
     home: Path | None,
 ) -> Answer:
-    """List the backbones: features, network, parameters, weights, license, and whether the weights are here.
+    """List the backbones: features, parameters, license, terms to accept, and whether the weights are here.
 
     There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; hf:ORG/NAME and hf:FOLDER, models of transformers;
     package.module:function, a function that returns a Backbone.
+
+    Example: embcache backbones --search "chest x-ray"
     """
     named = split_list(names)
-    chosen = [find_backbone(name, home=home) for name in named]
+    chosen = [_describe(name, home) for name in named]
     if not named:
         found = dict(registry.each(known_backbone))
         chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
+    words = (search or "").lower().split()
+    chosen = [spec for spec in chosen if all(word in _searched(spec) for word in words)]
     statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
+    if not chosen:
+        return Answer([], lambda: echo(f"no backbone has all of these words: {' '.join(words)}\n"
+                                         "try: embcache backbones, which lists all"), failed=True)  # fmt: skip
 
     def show_details() -> None:
         for k, spec in enumerate(chosen):
@@ -217,39 +228,69 @@ def backbones(
     def show_list() -> None:
         columns = {
             "backbone": "{0.name}",
-            "dim": "{0.dim}",
-            "network": "{0.network}",
-            "parameters": "{0.parameters:,}",
-            "weights": "{0.source}",
+            "dim": lambda spec: spec.dim or "",
+            "parameters": lambda spec: f"{spec.parameters / 1e6:,.1f} M" if spec.parameters else "",
             "license": "{0.license}",
+            "gated": lambda spec: {True: "yes", False: "no", None: ""}[spec.gated],
             # The status in a word or two; the path is among the details.
             "here": lambda spec: _here(statuses[spec.name]),
+            "weights": "{0.source}",
+            "model": lambda spec: spec.model or spec.network,
         }
         print_objects(chosen, columns, notes=(
-            "also random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER and package.module:function",
-            "details: embcache backbones NAME",
+            f"also {FORMS} and package.module:function",
+            "details: embcache backbones NAME; fewer: embcache backbones --search pathology",
+            "gated: the publisher asks for terms to be accepted; embcache doctor says which you can fetch",
             f"weights are taken from --weights NAME=FILE, else from {weights_dir(home)}, else downloaded to it",
         ))  # fmt: skip
 
     following = ["extract", "--backbone", ",".join(named) or "NAME", "--dataset", "NAME"]
-    data = [_row(spec, statuses[spec.name]) for spec in chosen]
-    return Answer(data, show_details if named else show_list, following)
+    return Answer(
+        lambda: [_row(spec, statuses[spec.name]) for spec in chosen], show_details if named else show_list, following
+    )
+
+
+def _describe(name: str, home: Path | None) -> Backbone:
+    """A backbone with all that is known of it; of a row whose files are not here, no network is asked."""
+    row = BACKBONES.get(name)
+    if row is not None and row.repository:
+        if not (find_model(row.repository, home) or find_cached(row.repository, "config.json")):
+            return row
+        try:
+            return find_backbone(name, home=home)
+        except EmbcacheError as error:  # the library is not installed, the files are damaged
+            print_note(f"{name}: {error.problem}")
+            return row
+    return find_backbone(name, home=home)
+
+
+def _searched(spec: Backbone) -> str:
+    """The text of a row, in which words are searched for."""
+    parts = (spec.name, spec.model, spec.network, spec.source, spec.license, "gated" * bool(spec.gated))
+    return " ".join(parts).lower()
 
 
 def _row(spec: Backbone, status: str) -> dict[str, object]:
+    from embcache.backbones.hub import page_of
+
+    unread = bool(spec.model and not spec.library)  # what only the files of its model say
     return {
         "backbone": spec.name,
-        "dim": spec.dim,
-        "network": spec.network,
-        "parameters": spec.parameters,
-        "pooling": spec.pooling,
-        "patch": spec.patch,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": spec.interpolation,
+        "model": spec.model or None,
+        "dim": spec.dim or None,
+        "network": None if unread else spec.network,
+        "parameters": spec.parameters or None,
+        "pooling": spec.pooling or None,
+        "input_size": None if unread else list(spec.input_size),
+        "patch": None if unread else spec.patch,
+        "mean": None if unread else list(spec.mean),
+        "std": None if unread else list(spec.std),
+        "interpolation": None if unread else spec.interpolation,
         "source": spec.source,
-        "license": spec.license,
+        "license": spec.license or None,
+        "gated": spec.gated,
         "contaminated": list(spec.contaminated),
+        "page": page_of(spec.repository) if spec.repository else None,
         "status": status,
         "url": spec.weights.url,
         "filename": spec.weights.filename,
@@ -258,7 +299,8 @@ def _row(spec: Backbone, status: str) -> dict[str, object]:
 
 
 def _here(status: str) -> str:
-    return "yes" if status.startswith("here: ") else status.removeprefix("not here: ")
+    words = {"here": "yes", "not here: downloaded when first used": "no"}
+    return words.get(status, words.get(status.partition(": ")[0], status.removeprefix("not here: ")))
 
 
 @command(table=True)
