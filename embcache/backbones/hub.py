@@ -61,10 +61,31 @@ def reach_hub(repository: str, file: str, unavailable: Callable[[str], WeightsEr
         ) from error  # fmt: skip
     if cached is not None or hub_constants.HF_HUB_OFFLINE:  # a path, or the mark of a file known to be absent
         return
+    if reason := why_unreachable():
+        raise unavailable(reason)
+
+
+def why_unreachable(seconds: float = 10) -> str:
+    """Why the hub does not answer; empty if it does."""
     request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD", headers={"User-Agent": "embcache"})
     try:
-        urllib.request.urlopen(request, timeout=10).close()
+        urllib.request.urlopen(request, timeout=seconds).close()
     except urllib.error.HTTPError as error:
         error.close()  # an answer of any kind means a network
     except OSError as error:
-        raise unavailable(str(getattr(error, "reason", error))) from error
+        return str(getattr(error, "reason", error)) or type(error).__name__
+    return ""
+
+
+def why_refused(repository: str, seconds: float = 10) -> str:
+    """Why the files of a repository cannot be fetched with the token of this machine; empty if they can."""
+    url = huggingface_hub.hf_hub_url(repository, "config.json")
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=seconds)
+    except EntryNotFoundError:
+        return ""  # the others can be read
+    except GatedRepoError:
+        return f"refused: accept the terms at {page_of(repository)}, then type: hf auth login"
+    except Exception as error:  # of the hub's library and of the one beneath it, which differs between its versions
+        return f"not known: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    return ""

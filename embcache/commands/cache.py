@@ -518,8 +518,9 @@ def doctor(*, home: Path | None) -> Answer:
     """Describe this installation for a bug report, and list what is wrong with it.
 
     Versions, processor features, devices and the speed they reach, room on the disk against what the stores still
-    owe, weights and datasets found, stale leases, interrupted runs, and stores that fail a quick check (headers, plans
-    and sizes; `embcache verify` reads every byte). Nothing needs to be cached. Exit status 1 if there is a problem.
+    owe, weights and datasets found, gated weights that can be fetched, stale leases, interrupted runs, and stores that
+    fail a quick check (headers, plans and sizes; `embcache verify` reads every byte). Nothing needs to be cached. Exit
+    status 1 if there is a problem.
 
     Example: embcache doctor --json report.json
     """
@@ -536,6 +537,10 @@ def _diagnosis(found: Diagnosis) -> list[tuple[str, object]]:
     stale = [lease for lease in found.leases if lease["stale"]]
     absent = {row["backbone"]: row["status"] for row in found.weights if row["status"].startswith("not ")}
     here = [row["backbone"] for row in found.weights if row["backbone"] not in absent]
+    usual = [name for name, status in absent.items() if "downloaded" in status]
+    closed = {row["backbone"]: row["problem"] for row in found.gated if row["problem"]}
+    unasked = next((reason for reason in closed.values() if reason.startswith("not checked")), "")
+    open_ = ", ".join(row["backbone"] for row in found.gated if not row["problem"])
     room = "" if owed["enough"] else ", MORE THAN IS FREE"
     return [
         ("versions", ", ".join(f"{name} {number}" for name, number in found.versions.items())),
@@ -549,7 +554,10 @@ def _diagnosis(found: Diagnosis) -> list[tuple[str, object]]:
         *((place["name"], _place(place)) for place in found.places),
         ("to extract", f"{owed['images']:,} images of cached stores: {size_words(owed['bytes'])}{room}"),
         ("weights", f"here: {', '.join(here) or 'none'}"),
-        *((f"  {name}", status) for name, status in absent.items()),
+        *((f"  {name}", status) for name, status in absent.items() if name not in usual),
+        ("  not here", f"{len(usual)} more, downloaded when first used (embcache backbones)"),
+        ("gated weights", unasked or f"can be fetched: {open_ or 'none'}"),
+        *((f"  {name}", reason) for name, reason in closed.items() if not unasked),
         ("datasets", ", ".join(row["dataset"] for row in found.datasets if row["there"]) or "none found"),
         *((f"  {row['dataset']}", row["path"] + " (not there)" * (not row["there"])) for row in found.datasets),
         ("stores", f"{len(found.stores)}, quick check"),

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 
 import embcache
 from embcache.backbones.catalog import BACKBONES, weights_status
+from embcache.backbones.hub import why_refused, why_unreachable
 from embcache.cores import usable_cores
 from embcache.data.images import DECODER_VERSION, decode_image
 from embcache.data.published import DATASETS, default_root
@@ -60,6 +62,7 @@ class Diagnosis:
     places: list[dict[str, Any]]  # home, data and weights folders
     owed: dict[str, Any]  # images that the stores still owe, the bytes they will take, and those free
     weights: list[dict[str, str]]
+    gated: list[dict[str, str]]  # weights with terms to accept, and why they cannot be fetched, if so
     datasets: list[dict[str, Any]]
     stores: list[dict[str, Any]]
     leases: list[dict[str, Any]]
@@ -88,6 +91,7 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
         places=places,
         owed=owed,
         weights=[{"backbone": name, "status": weights_status(name, home)} for name in BACKBONES],
+        gated=gated_weights(),
         datasets=[
             {"dataset": name, "path": str(root), "there": root.exists()}
             for name in DATASETS
@@ -162,6 +166,17 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def gated_weights() -> list[dict[str, str]]:
+    """Of each backbone with terms to accept, the reason why its files cannot be fetched; empty where they can."""
+    rows = [row for row in BACKBONES.values() if row.gated]
+    offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else why_unreachable(seconds=3)
+    if offline:
+        return [{"backbone": row.name, "problem": f"not checked, no hub: {offline}"} for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        reasons = pool.map(why_refused, [row.repository for row in rows])
+        return [{"backbone": row.name, "problem": reason} for row, reason in zip(rows, reasons, strict=True)]
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,13 @@ import pytest
 import timm
 import torch
 import torchvision
+import typer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embcache.backbones import hub, timm_models
-from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone
+from embcache.backbones.catalog import BACKBONES, find_backbone, load_backbone, weights_status
 from embcache.backbones.networks import rename_efficientnet
 from embcache.backbones.timm_models import describe as describe_timm
 from embcache.commands.start import backbones as backbones_command
@@ -265,16 +267,24 @@ def test_what_model_cards_say_reaches_timm(monkeypatch: pytest.MonkeyPatch) -> N
 # The command
 
 
-def test_listing_backbones_imports_no_torch(home: Path) -> None:
+def test_listing_backbones_imports_no_torch(home: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from embcache.commands.start import backbones; backbones(names=None, home=None, json='-');"
-        "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
+        "import sys; from embcache.commands.start import backbones; backbones(names=None, home=None, json='all.json');"
+        "backbones(names=['medsiglip', 'uni2-h'], home=None, json='some.json');"
+        "assert not {'torch', 'timm', 'torchvision', 'transformers', 'open_clip'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    rows = json.loads((tmp_path / "all.json").read_text("utf-8"))
     assert [row["backbone"] for row in rows] == list(BACKBONES)
-    assert {row["dim"] for row in rows if ":" not in row["network"]} == {2048, 1536, 1280}
+    assert {row["dim"] for row in rows if row["model"] is None} == {2048, 1536, 1280}
+    unknown = next(row for row in rows if row["backbone"] == "rad-dino-maira-2")
+    assert {key for key, value in unknown.items() if value is None} == {
+        "network", "parameters", "input_size", "patch", "mean", "std", "interpolation"
+    }  # fmt: skip
 
 
 def test_the_table_says_what_is_here(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,8 +293,11 @@ def test_the_table_says_what_is_here(home: Path, tmp_path: Path, capsys: pytest.
     lines = {line.split()[0]: line for line in table.splitlines() if line}
     assert set(BACKBONES) <= set(lines)
     assert "CC-BY-NC-4.0" in lines["swav_fb"]
-    assert lines["random"].endswith("none needed")
-    assert lines["dino"].endswith("downloaded when first used")
+    assert "none needed" in lines["random"]
+    assert lines["uni"].split()[1:6] == ["1024", "303.4", "M", "CC-BY-NC-ND-4.0", "yes"]
+    assert lines["uni"].endswith("timm:hf-hub:MahmoodLab/UNI")
+    assert lines["rad-dino-maira-2"].split()[1] == "768"
+    assert " 0 " not in table
     assert str(tmp_path / "weights") in table
 
 
@@ -294,3 +307,67 @@ def test_details_of_one_backbone(home: Path, capsys: pytest.CaptureFixture[str])
     assert "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth" in text
     assert "random:2" in text
     assert "supervised" not in text
+
+
+def test_words_find_backbones_by_any_text_of_a_row(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def found(words: str) -> set[str]:
+        backbones_command(names=None, search=words, home=None, json="-")
+        return {row["backbone"] for row in json.loads(capsys.readouterr().out)}
+
+    assert {"rad-dino", "medsiglip"} <= found("Chest") < set(BACKBONES)
+    assert found("microsoft/RAD-dino") == {"rad-dino", "rad-dino-maira-2"}
+    assert found("pathology apache") == {"virchow", "h-optimus-0", "gigapath"}
+    assert {BACKBONES[name].gated for name in found("gated")} == {True}
+    backbones_command(names=None, search="retina", home=None)
+    assert "retfound-mae-meh" in capsys.readouterr().out
+    with pytest.raises(typer.Exit) as left:
+        backbones_command(names=None, search="zebra fish", home=None)
+    assert left.value.exit_code == 1
+    assert "zebra fish" in capsys.readouterr().out
+    with pytest.raises(typer.Exit):
+        backbones_command(names=None, search="zebra fish", home=None, json="-")
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_details_of_a_row_are_those_of_its_files_where_they_are_here(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="an extra: pip install 'embcache[hf]'")
+
+    def details() -> dict[str, Any]:
+        backbones_command(names=["dinov2-small"], home=None, json="-")
+        (row,) = json.loads(capsys.readouterr().out)
+        return dict(row)
+
+    monkeypatch.setattr(hub, "reach_hub", lambda *args: pytest.fail("the hub was asked"))
+    row = details()
+    assert (row["dim"], row["license"], row["mean"], row["network"]) == (384, "Apache-2.0", None, None)
+    assert row["page"] == "https://huggingface.co/facebook/dinov2-small"
+    size = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    folder = tmp_path / "weights" / "facebook" / "dinov2-small"
+    transformers.Dinov2Config(**size).save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    transformers.BitImageProcessor(**crop, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+    here = details()
+    assert here.pop("network").startswith("transformers dinov2 ")
+    assert {**row, **here} == {
+        **row, "patch": 14, "input_size": [224, 224], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3,
+        "status": f"here: {folder}",
+    }  # fmt: skip
+    (folder / "config.json").write_text("{}")  # damaged files are named, and what is known is shown
+    assert details() == {**row, "status": f"here: {folder}"}
+
+
+def test_weights_in_the_hubs_cache_are_here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm_models.hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, file in (("rad-dino", "model.safetensors"), ("uni", "pytorch_model.bin")):
+        folder = tmp_path / "hub" / f"models--{BACKBONES[name].repository.replace('/', '--')}"
+        snapshot = folder / "snapshots" / "0123abcd"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0123abcd")
+        (snapshot / "config.json").write_text("{}")
+        assert weights_status(name).startswith("not here")
+        (snapshot / file).write_bytes(b"")
+        assert weights_status(name) == weights_status(BACKBONES[name].model) == f"here: {snapshot}"
+    assert weights_status("medsiglip").startswith("not here")

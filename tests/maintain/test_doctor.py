@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_unreachable", lambda seconds: "no network here")
     monkeypatch.setattr(doctor, "_SECONDS", 0.0)
     monkeypatch.setattr(doctor, "_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(doctor, "_COPIED", {"cpu": 1 << 16, "cuda": 1 << 16})
@@ -104,3 +105,43 @@ def test_the_command_prints_it_all(home: Path) -> None:
     told = run(app, ["doctor", "--json", "-"], catch_exceptions=False)
     assert told.exit_code == 1
     assert json.loads(told.stdout)["problems"]
+
+
+def test_gated_weights_are_asked_for_where_there_is_a_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+
+    class RefusedError(GatedRepoError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "403 Client Error")
+
+    class AbsentError(EntryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Client Error")
+
+    def answer(url: str, *, timeout: float) -> None:
+        assert timeout
+        if "UNI2-h" in url:
+            raise RefusedError
+        if "Virchow2" in url:
+            raise AbsentError  # it has no config.json, which a refusal would not say
+        if "medsiglip" in url:
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
+    told = CliRunner().invoke(app, ["doctor"], catch_exceptions=False).stdout
+    (line,) = (line for line in told.splitlines() if line.startswith("gated weights"))
+    assert line.split(maxsplit=2)[2] == "not checked, no hub: no network here"
+    monkeypatch.setattr(doctor, "why_unreachable", lambda seconds: "")
+    monkeypatch.setattr(doctor, "HF_HUB_OFFLINE", False)
+    found = {row["backbone"]: row["problem"] for row in diagnose().gated}
+    assert found["uni"] == found["virchow2"] == ""
+    assert found["uni2-h"] == (
+        "refused: accept the terms at https://huggingface.co/MahmoodLab/UNI2-h, then type: hf auth login"
+    )
+    assert found["medsiglip"] == "not known: no answer"
+    assert "dinov2-base" not in found
+    run = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
+    assert run.exit_code == 0  # no fault of the installation
+    assert "uni, virchow, virchow2, h-optimus-0" in " ".join(run.stdout.split())
+    assert "https://huggingface.co/MahmoodLab/UNI2-h" in run.stdout
