@@ -43,8 +43,8 @@ PREFERRED = (
 _NEUTRAL = ("module", "_orig_mod")  # say nothing of which network it is
 # What networks have in addition to the trunk; left out of a frozen network.
 HEADS = (
-    "_fc.", "classifier.", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "predictor.", "projection_head.",
-    "projector.", "prototypes.",
+    "_fc.", "classifier.", "decoder_", "dino_head.", "fc.", "head.", "heads.", "ibot_head.", "mask_token", "predictor.",
+    "projection_head.", "projector.", "prototypes.",
 )  # fmt: skip
 _DEEPEST = 8  # mappings in mappings; published files have four
 

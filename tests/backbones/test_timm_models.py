@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import pickle
@@ -217,3 +218,26 @@ def test_a_checkpoint_of_a_classifier_alone_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"fc.weight": torch.zeros(5, 512)}, path)
     with refused(WeightsError, "checkpoint-mismatch"):
         load_backbone("timm:resnet10t", weights=path)
+
+
+def test_a_file_of_mae_gives_its_encoder(tmp_path: Path) -> None:
+    """As MAE's code saves it, and RETFound's: decoder, optimizer and options are beside the encoder."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    state = model.state_dict() | {
+        "mask_token": torch.ones(1, 1, 192),
+        "decoder_pos_embed": torch.ones(1, 197, 64),
+        "decoder_embed.weight": torch.ones(64, 192),
+        "decoder_blocks.0.norm1.weight": torch.ones(64),
+    }
+    adam = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3, 224, 224)).sum().backward()
+    adam.step()
+    before = {key: value.clone() for key, value in state.items()}
+    args = argparse.Namespace(model="mae_vit_large_patch16", lr=1e-3)
+    torch.save({"model": before, "optimizer": adam.state_dict(), "epoch": 799, "args": args}, tmp_path / "mae.pth")
+    loaded = load_backbone("mine=timm:vit_tiny_patch16_224", weights=tmp_path / "mae.pth")
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        model.load_state_dict({key: value for key, value in before.items() if key in model.state_dict()})
+        assert torch.equal(loaded.module(images), model.eval()(images))
