@@ -190,6 +190,9 @@ def _print_survey(dataset: ImageDataset) -> None:
     print_table(["class", *(cell for s in splits for cell in (s, "with image")[: len(tables)])], rows, notes=notes)
 
 
+_GATED = {True: "yes", False: "no", None: ""}
+
+
 @command(table=True)
 def backbones(
     *,
@@ -223,6 +226,7 @@ def backbones(
         for k, spec in enumerate(chosen):
             echo("", nl=k > 0)
             row = _row(spec, statuses[spec.name])
+            row |= {"gated": _GATED[spec.gated]}
             echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
 
     def show_list() -> None:
@@ -231,7 +235,7 @@ def backbones(
             "dim": lambda spec: spec.dim or "",
             "parameters": lambda spec: f"{spec.parameters / 1e6:,.1f} M" if spec.parameters else "",
             "license": "{0.license}",
-            "gated": lambda spec: {True: "yes", False: "no", None: ""}[spec.gated],
+            "gated": lambda spec: _GATED[spec.gated],
             # The status in a word or two; the path is among the details.
             "here": lambda spec: _here(statuses[spec.name]),
             "weights": "{0.source}",
