@@ -126,8 +126,8 @@ class Backbone:
     @property
     def repository(self) -> str:
         """ORG/NAME of a row's model on the Hugging Face hub; empty if its library knows where the files are."""
-        prefix, _, rest = self.model.partition(":")
-        return rest.removeprefix("hf-hub:").partition("@")[0] if prefix == "hf" or rest.startswith("hf-hub:") else ""
+        prefix, _, rest = self.model.partition("@")[0].partition(":")
+        return rest.removeprefix("hf-hub:") if prefix == "hf" or rest.startswith("hf-hub:") else ""
 
     @property
     def pretrained(self) -> bool:
@@ -277,9 +277,9 @@ def find_backbone(
             )  # fmt: skip
         return replace(find_backbone(model, imports=imports, folder=folder, home=home), name=name)
     spec = known_backbone(name, imports=imports, folder=folder, home=home)
-    if not spec.model or spec.library:
+    if not spec.model:
         return spec
-    found = replace(known_backbone(spec.model, folder=folder, home=home), name=name, model=spec.model)
+    found = replace(known_backbone(spec.model, folder=folder, home=home), name=name)
     if spec.pooling not in ("", found.pooling):
         found = replace(found, **library_of(found).repool(found, spec.pooling, None))
     if spec.dim not in (0, found.dim):

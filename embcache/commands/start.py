@@ -277,10 +277,11 @@ def _searched(spec: Backbone) -> str:
 def _row(spec: Backbone, status: str) -> dict[str, object]:
     from embcache.backbones.hub import page_of
 
+    row = BACKBONES.get(spec.name, spec)
     unread = bool(spec.model and not spec.library)  # what only the files of its model say
     return {
         "backbone": spec.name,
-        "model": spec.model or None,
+        "model": row.model or None,
         "dim": spec.dim or None,
         "network": None if unread else spec.network,
         "parameters": spec.parameters or None,
@@ -294,7 +295,7 @@ def _row(spec: Backbone, status: str) -> dict[str, object]:
         "license": spec.license or None,
         "gated": spec.gated,
         "contaminated": list(spec.contaminated),
-        "page": page_of(spec.repository) if spec.repository else None,
+        "page": page_of(row.repository) if row.repository else None,
         "status": status,
         "url": spec.weights.url,
         "filename": spec.weights.filename,
