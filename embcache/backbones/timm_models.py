@@ -63,7 +63,6 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     try:
         model = _skeleton(model_name, arguments)
         config, data = model.pretrained_cfg, resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        origin = str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights")
         height, width = (int(side) for side in data["input_size"][-2:])
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return {
@@ -71,8 +70,7 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             "network": f"timm {model_name}",
             "dim": _feature_length(model, (height, width), name),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "source": origin,
-            "origin": origin,
+            "source": str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
             "license": str(config.get("license") or "see its model card"),
             "patch": int(max(patch) if isinstance(patch, tuple) else patch),
             "pooling": "timm",
@@ -114,7 +112,7 @@ def load(
         path = find_weights(spec.weights, folder)
     if path is None:
         path = _fetch(spec, folder, allow_download)
-        origin = f" of {spec.origin}"
+        origin = f" of {describe('timm:' + spec.timm)['source']}"  # that of a spec may be a row's
     checkpoint = read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
