@@ -93,7 +93,7 @@ class Registry(Generic[T]):
     def unknown(self, name: str, also: str = "") -> UsageError:
         """The error for a name that is not registered; ``also`` lists other forms of names."""
         near, names = difflib.get_close_matches(name, self.names(), n=3), self.names()
-        if len(names) > 20:
+        if len(names) > 40:
             names = [f"a name that `embcache {self.sort}s` lists"]
         return UsageError(
             f"unknown {self.sort} {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
