@@ -330,8 +330,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, where: obje
 
 def hash_state(module: nn.Module) -> str:
     """Sha256 of a network's tensors: names in order, dtypes, shapes and bytes; the same on every device."""
+    return hash_tensors(module.state_dict())
+
+
+def hash_tensors(state: Mapping[str, Tensor]) -> str:
+    """The same, of tensors by their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())

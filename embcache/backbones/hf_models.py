@@ -8,22 +8,21 @@ recipe holds digests of tensors and of the configuration, not where they came fr
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
-from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import hash_state
-from embcache.backbones.hub import page_of, reaching_hub
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
+from embcache.backbones.hub import canonical_name, is_repository, not_fetched, reaching_hub
+from embcache.backbones.libraries import need, refusing
+from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
 from embcache.backbones.transforms import Transform
 from embcache.backbones.weights import find_model
 from embcache.errors import UsageError, WeightsError
@@ -127,11 +126,11 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         network = transformers.AutoModel.from_config(tower, **dict(family.arguments))
         parameters = sum(parameter.numel() for parameter in network.parameters())
     return {
-        "name": _canonical(name),
+        "name": canonical_name(name),
         "network": f"transformers {sort} {digest[:16]}",
         "dim": Pooling(family.pooling).width(tower.hidden_size),
         "parameters": parameters,
-        "source": _canonical(name).removeprefix("hf:"),
+        "source": canonical_name(name).removeprefix("hf:"),
         "license": "see its model card",
         "patch": int(tower.patch_size),
         "pooling": family.pooling,
@@ -152,15 +151,10 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[st
     config = getattr(config, "vision_config", config)
     family = _family(spec)
     pooling = choose_pooling(spec.name, tokens or family.pooling, layers, config.num_hidden_layers)
-    if ("cls" in pooling.tokens and not family.class_token) or (pooling.tokens == "pooler" and not family.pooler):
-        raise UsageError(
-            f"{spec.name} has no such token", code="no-such-token", found=f"--tokens {tokens}",
-            expected="mean or patches" + (", cls or cls+mean" * family.class_token) + (", pooler" * family.pooler),
-            fix=f"--tokens {family.pooling}",
-        )  # fmt: skip
-    height, width = spec.input_size
-    patches = (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
-    return {"pooling": str(pooling), "dim": pooling.width(config.hidden_size), "patches": patches}
+    offered = [family.pooling, "mean", "patches", *(("cls", "cls+mean") if family.class_token else ())]
+    check_token(spec.name, pooling, list(dict.fromkeys([*offered, *["pooler"] * family.pooler])))
+    dim, patches = pooling.width(config.hidden_size), count_patches(spec, pooling)
+    return {"pooling": str(pooling), "dim": dim, "patches": patches}
 
 
 def load(
@@ -202,7 +196,7 @@ def load(
     if not family.interpolates and size != (tower.config.image_size,) * 2:
         module.arguments = {"interpolate_pos_encoding": True}
     try_size(spec, module, size)
-    origin = folder.name if weights is not None or not _is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
+    origin = folder.name if weights is not None or not is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
     return module, hash_state(tower), origin, ""
 
 
@@ -234,21 +228,14 @@ def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -
     text = name.removeprefix("hf:")
     if (found := find_model(text)) is not None:
         return found
-    if not _is_repository(text):
+    if not is_repository(text):
         raise WeightsError(
             f"the model {name} is not here", code="weights-not-found", found="no folder with a config.json",
             where=Path(text), expected="hf:ORG/NAME, hf:FOLDER, or a folder in the weights folder",
             fix=f"--weights {name}=FOLDER",
         )  # fmt: skip
     repository, _, revision = text.partition("@")
-
-    def unavailable(reason: str) -> WeightsError:
-        return WeightsError(
-            f"{name} cannot be fetched", code="download-failed", found=reason, where=str(hub_constants.HF_HUB_CACHE),
-            expected=page_of(text),
-            fix=f"on a machine with a network: hf download {repository}\nthen name its folder: hf:FOLDER",
-        )  # fmt: skip
-
+    unavailable = not_fetched(name, text, "name its folder: hf:FOLDER")
     with reaching_hub(name, text, "config.json", unavailable):
         try:
             fetched = huggingface_hub.snapshot_download(
@@ -262,44 +249,18 @@ def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -
     return Path(fetched)
 
 
-def _is_repository(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
-
-
-def _canonical(name: str) -> str:
-    """The name of a store: no path and no revision, which do not change what is computed."""
-    text = name.removeprefix("hf:")
-    folder = Path(text).expanduser()
-    return "hf:" + (folder.resolve().name if (folder / "config.json").is_file() else text.partition("@")[0])
-
-
 def _family(spec: Backbone) -> Family:
     return FAMILIES[spec.network.split()[1]]
 
 
 def _transformers() -> Any:
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise UsageError(
-            "backbones hf:… need transformers",
-            code="library-missing",
-            found=str(error),
-            fix="pip install 'embcache[hf]'",
-        ) from error
+    transformers = need("transformers", "hf", "hf")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return transformers
 
 
-@contextmanager
-def _refused(name: str) -> Iterator[None]:
+def _refused(name: str) -> AbstractContextManager[None]:
     """What transformers refuses as one message."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"transformers cannot load {name}", code="transformers-refuses",
-            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
-            expected="config.json, preprocessor_config.json and model.safetensors of one of its architectures",
-        ) from error  # fmt: skip
+    files = "config.json, preprocessor_config.json and model.safetensors of one of its architectures"
+    return refusing("transformers", name, "transformers-refuses", files)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: its failures to give a file, as one message each."""
+"""The Hugging Face hub: names of repositories, one of their files, and failures to give it as one message each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,72 @@ import contextlib
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
+from embcache.backbones.weights import is_model
 from embcache.errors import UsageError, WeightsError
 
 
 def page_of(repository: str) -> str:
     """Address of a repository, ``ORG/NAME[@REVISION]``."""
     return f"https://huggingface.co/{repository.partition('@')[0]}"
+
+
+def is_repository(text: str) -> bool:
+    """Whether a text has the form ``ORG/NAME[@REVISION]``."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
+
+
+def canonical_name(name: str) -> str:
+    """The name of a store's backbone: without the path of a folder and a revision, which change no feature."""
+    prefix, _, text = name.partition(":")
+    folder = Path(text).expanduser()
+    return f"{prefix}:" + (folder.resolve().name if is_model(folder) else text.partition("@")[0])
+
+
+def not_fetched(name: str, repository: str, instead: str) -> Callable[[str], WeightsError]:
+    """Makes the error for a model that the hub does not give; ``instead`` is what to do with its files."""
+    hub_id = repository.partition("@")[0]
+    return lambda reason: WeightsError(
+        f"{name} cannot be fetched", code="download-failed", found=reason, where=str(hub_constants.HF_HUB_CACHE),
+        expected=page_of(repository),
+        fix=f"on a machine with a network: hf download {hub_id}\nthen {instead}",
+    )  # fmt: skip
+
+
+def fetch_file(
+    name: str, repository: str, candidates: Sequence[str], unavailable: Callable[[str], WeightsError]
+) -> Path:
+    """The first of some files that ``ORG/NAME[@REVISION]`` has, from the hub's cache or fetched to it.
+
+    ``name`` and ``unavailable`` are those of `reaching_hub`.
+    """
+    hub_id, _, revision = repository.partition("@")
+    unreachable: LocalEntryNotFoundError | None = None
+    for candidate in candidates:
+        with reaching_hub(name, repository, candidate, unavailable):
+            try:
+                return Path(huggingface_hub.hf_hub_download(hub_id, candidate, revision=revision or None))
+            except LocalEntryNotFoundError as error:
+                unreachable = error  # but the next one may be in the hub's cache
+            except EntryNotFoundError:
+                continue
+    if unreachable is not None:
+        raise unavailable(str(unreachable).partition("\n")[0])
+    raise WeightsError(
+        f"{repository} holds no weights that embcache knows", code="weights-not-found", found="no such file",
+        expected=" or ".join(candidates), where=page_of(repository), fix=f"embcache extract --weights {name}=FILE …",
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

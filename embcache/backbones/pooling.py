@@ -15,14 +15,16 @@ from embcache.errors import UsageError, check_choice
 if TYPE_CHECKING:
     from embcache.backbones.catalog import Backbone
 
-TOKENS = ("cls", "mean", "cls+mean", "pooler", "patches")
+TOKENS = ("cls", "mean", "cls+mean", "pooler", "projected", "patches")
 
 
 @dataclass(frozen=True)
 class Pooling:
     """Tokens of layers, as a recipe writes it: ``cls``, ``cls+mean@8,9,10,11``."""
 
-    tokens: str  # class token, mean of the patches, both, what the model's own pooler makes, or all patches
+    # Class token, mean of the patches, both, what the model's own pooler makes, its projection to the space that images
+    # share with texts, or all patches.
+    tokens: str
     layers: tuple[int, ...] = ()  # numbers of blocks from 0, ascending; none for the output of the last
 
     def __str__(self) -> str:
@@ -54,12 +56,27 @@ def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Po
                 f"{name} does not have these layers", code="unknown-layers", found=layers, where="--layers",
                 expected=f"last1 to last{depth}, or numbers of blocks from 0 to {depth - 1}", fix="--layers last4",
             )  # fmt: skip
-        if tokens == "pooler":
+        if tokens in ("pooler", "projected"):
             raise UsageError(
                 "the pooler takes the last layer only", code="pooler-layers",
-                found=f"--tokens pooler --layers {layers}", fix="--tokens cls, mean or cls+mean",
+                found=f"--tokens {tokens} --layers {layers}", fix="--tokens cls, mean or cls+mean",
             )  # fmt: skip
     return Pooling(tokens, numbers if numbers != (depth - 1,) else ())
+
+
+def check_token(name: str, pooling: Pooling, offered: Sequence[str]) -> None:
+    """Refuse tokens that a model does not have."""
+    if pooling.tokens not in offered:
+        raise UsageError(
+            f"{name} has no such token", code="no-such-token", found=f"--tokens {pooling.tokens}",
+            expected=", ".join(offered), fix=f"--tokens {offered[0]}",
+        )  # fmt: skip
+
+
+def count_patches(spec: Backbone, pooling: Pooling) -> int:
+    """Rows of the features of an image of the model's own size: its patches if they are the features, else none."""
+    height, width = spec.input_size
+    return (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
 
 
 def try_size(

@@ -16,11 +16,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.data.config import resolve_model_data_config
 from timm.layers.mlp import SwiGLUPacked
 from timm.models import load_model_config_from_hf
@@ -28,8 +26,8 @@ from torch import Tensor, nn
 
 from embcache.backbones.catalog import Backbone, row_of
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
-from embcache.backbones.hub import reaching_hub
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
+from embcache.backbones.hub import fetch_file, reaching_hub
+from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
 from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike, weights_dir
@@ -64,7 +62,6 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         model = _skeleton(model_name, arguments)
         config, data = model.pretrained_cfg, resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         height, width = (int(side) for side in data["input_size"][-2:])
-        patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
         return {
             "name": name,
             "network": f"timm {model_name}",
@@ -72,7 +69,7 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "source": str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
             "license": str(config.get("license") or "see its model card"),
-            "patch": int(max(patch) if isinstance(patch, tuple) else patch),
+            "patch": patch_of(model),
             "pooling": "timm",
             "library": "timm",
             "mean": tuple(map(float, data["mean"])),
@@ -87,6 +84,12 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         }
     except _UNUSABLE as error:
         raise _unusable(model_name, error) from error
+
+
+def patch_of(model: Any) -> int:
+    """What the sides of images must be multiples of."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    return int(max(patch) if isinstance(patch, tuple) else patch)
 
 
 def _unusable(model_name: str, error: Exception) -> UsageError:
@@ -138,28 +141,30 @@ class TokenPooling(nn.Module):
         found = self.model.forward_intermediates(
             images, indices=layers, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
-        states = [torch.cat([prefix, patches], dim=1) for patches, prefix in found]
+        # Without prefix tokens timm gives the patches alone.
+        states = [torch.cat([each[1], each[0]], dim=1) if isinstance(each, tuple) else each for each in found]
         return pool_tokens(states, self.pooling.tokens, self.model.num_prefix_tokens)
 
 
 def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
     model = _skeleton(spec.timm, dict(spec.timm_arguments))
+    pooling = choose_tokens(spec.name, model, tokens, layers)
+    dim, patches = pooling.width(int(model.embed_dim)), count_patches(spec, pooling)
+    return {"pooling": str(pooling), "dim": dim, "patches": patches}
+
+
+def choose_tokens(name: str, model: Any, tokens: str | None, layers: str | None) -> Pooling:
+    """The pooling that a user names of a vision transformer of timm."""
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)  # of some of its models
     if blocks is None or prefix is None or not callable(getattr(model, "forward_intermediates", None)):
         raise UsageError(
-            f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=type(model).__name__,
+            f"the tokens of {name} cannot be chosen", code="no-tokens", found=type(model).__name__,
             expected="a vision transformer", fix="leave out --tokens and --layers",
         )  # fmt: skip
-    pooling = choose_pooling(spec.name, tokens or ("cls" if prefix else "mean"), layers, len(blocks))
-    if pooling.tokens == "pooler" or (not prefix and "cls" in pooling.tokens):
-        raise UsageError(
-            f"{spec.name} has no such token", code="no-such-token", found=f"--tokens {tokens}",
-            expected="mean or patches" + (", cls or cls+mean" if prefix else ""), fix="--tokens mean",
-        )  # fmt: skip
-    height, width = spec.input_size
-    patches = (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
-    return {"pooling": str(pooling), "dim": pooling.width(int(model.embed_dim)), "patches": patches}
+    pooling = choose_pooling(name, tokens or ("cls" if prefix else "mean"), layers, len(blocks))
+    check_token(name, pooling, ("mean", "patches", *(("cls", "cls+mean") if prefix else ())))
+    return pooling
 
 
 def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
@@ -226,9 +231,14 @@ def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
 
 
 def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
-    """Fit a fixed-size transformer to images of another size by timm's own resampling, and try one."""
-    settable = hasattr(module, "set_input_size")  # some of timm's models have it
-    try_size(spec, module, image_size, lambda: settable and module.set_input_size(img_size=image_size))
+    """Fit a model to images of another size, and try one."""
+    try_size(spec, module, image_size, lambda: fit_size(module, image_size))
+
+
+def fit_size(model: Any, image_size: tuple[int, int]) -> None:
+    """Fit a fixed-size transformer to images of another size by timm's own resampling; other models take any."""
+    if hasattr(model, "set_input_size"):  # some of timm's models have it
+        model.set_input_size(img_size=image_size)
 
 
 def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
@@ -247,7 +257,8 @@ def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
         known = timm.get_pretrained_cfg(spec.timm)
         config = {} if known is None else {"url": known.url, "hf_hub_filename": known.hf_hub_filename}
     if repository := _repository(spec.timm):
-        return _fetch_from_hub(spec, repository, _candidates(config.get("hf_hub_filename")), folder)
+        unavailable = functools.partial(_unavailable, spec.timm, filename=filename, folder=folder)
+        return fetch_file(spec.name, repository, _candidates(config.get("hf_hub_filename")), unavailable)
     url = config.get("url")
     if isinstance(url, str) and url:
         # As in torch.hub, a name may end in the first digits of the file's digest.
@@ -257,26 +268,6 @@ def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
         f"timm knows no weights for {spec.timm}", code="weights-not-found",
         found="neither a repository on the hub nor a URL", expected="a model that timm.list_models(pretrained=True) "
         "lists", fix=f"embcache extract --weights {spec.name}=FILE …",
-    )  # fmt: skip
-
-
-def _fetch_from_hub(spec: Backbone, repository: str, candidates: Sequence[str], folder: Path) -> Path:
-    hub_id, _, revision = repository.partition("@")
-    unreachable: LocalEntryNotFoundError | None = None
-    for candidate in candidates:
-        with _hub(spec.timm, candidate, spec.weights.filename, folder):
-            try:
-                return Path(huggingface_hub.hf_hub_download(hub_id, candidate, revision=revision or None))
-            except LocalEntryNotFoundError as error:
-                unreachable = error  # but the next one may be in the hub's cache
-            except EntryNotFoundError:
-                continue
-    if unreachable is not None:
-        raise _unavailable(spec.timm, str(unreachable).partition("\n")[0], spec.weights.filename, folder)
-    raise WeightsError(
-        f"{repository} holds no weights that embcache knows", code="weights-not-found",
-        expected=" or ".join(candidates), found="no such file", where=f"https://huggingface.co/{hub_id}",
-        fix=f"embcache extract --weights {spec.name}=FILE …",
     )  # fmt: skip
 
 
@@ -292,11 +283,10 @@ def _candidates(filename: str | None) -> Sequence[str]:
     return (known.get(named, named.removesuffix(".bin") + ".safetensors"), named)
 
 
-def _hub(model_name: str, file: str, filename: str = "", folder: Path | None = None) -> AbstractContextManager[None]:
+def _hub(model_name: str, file: str) -> AbstractContextManager[None]:
     """The hub's failures to give a file of a model as one message."""
-    return reaching_hub(
-        model_name, _repository(model_name), file, lambda reason: _unavailable(model_name, reason, filename, folder)
-    )
+    unavailable = functools.partial(_unavailable, model_name, filename="", folder=None)
+    return reaching_hub(model_name, _repository(model_name), file, unavailable)
 
 
 def _repository(model_name: str) -> str:

@@ -53,9 +53,18 @@ def timm_filename(name: str) -> str:
 
 
 def find_model(text: str, home: PathLike | None = None) -> Path | None:
-    """The folder or file of a library's model that is at this path, or under this name in the weights folder."""
-    paths = (Path(text).expanduser(), weights_dir(home) / text)
-    return next((path for path in paths if path.is_file() or (path / "config.json").is_file()), None)
+    """The folder or file of a library's model that is at this path, or under this name in the weights folder.
+
+    What follows a ``#`` may be an output of the file instead.
+    """
+    texts = [text, text.rpartition("#")[0]][: 1 + ("#" in text)]
+    paths = [path for each in texts for path in (Path(each).expanduser(), weights_dir(home) / each)]
+    return next((path for path in paths if path.is_file() or is_model(path)), None)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a folder has the configuration of a model of a library."""
+    return any((path / name).is_file() for name in ("config.json", "open_clip_config.json"))
 
 
 def find_cached(repository: str, *suffixes: str) -> Path | None:

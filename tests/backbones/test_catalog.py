@@ -204,7 +204,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(timm_models.hub_constants, "ENDPOINT", "http://nowhere.invalid")
     monkeypatch.setattr(timm_models.hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(timm_models.huggingface_hub, "try_to_load_from_cache", lambda *args, **more: None)
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *args, **more: None)
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from timm.models import PretrainedCfg
 from torch import Tensor
 
@@ -140,10 +142,10 @@ def test_a_repository_without_weights_is_one_error(hub: Path) -> None:
         load_backbone(NAME)
 
     def absent(*args: object, **more: object) -> str:
-        raise timm_models.EntryNotFoundError("404")
+        raise EntryNotFoundError("404")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm_models.huggingface_hub, "hf_hub_download", absent)
+        patch.setattr(huggingface_hub, "hf_hub_download", absent)
         with pytest.raises(WeightsError, match=r"holds no weights[\s\S]*model.safetensors or pytorch_model.bin"):
             load_backbone(NAME)
     assert sorted(path.name for path in files.iterdir()) == ["config.json"]
