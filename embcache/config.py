@@ -98,11 +98,11 @@ class ExtractConfig(Config):
     weights: tuple[str, ...] = _weights()
     transform: str | None = _transform(
         "paper: 256×256, center crop 224, images up to 224 as they are. imagenet: shorter side 256, center crop 224. "
-        "model: the preprocessing of a timm: backbone. [default: paper; model for timm: backbones]"
+        "model: that of a timm:, hf:, open_clip: or onnx: backbone. [default: model for these, else paper]"
     )
     tokens: str | None = option(
         None, "Tokens of a vision transformer that become features. [default: as its publisher pools them]",
-        choices=("cls", "mean", "cls+mean", "pooler", "patches"), flag="--tokens,--pooling",
+        choices=("cls", "mean", "cls+mean", "pooler", "projected", "patches"), flag="--tokens,--pooling",
     )  # fmt: skip
     layers: str | None = option(
         None, "Blocks of a vision transformer; their tokens are concatenated. [default: the last]",
@@ -287,7 +287,7 @@ class FinetuneConfig(ProtocolConfig):
     )  # fmt: skip
     weights: tuple[str, ...] = _weights()
     transform: str | None = _transform(
-        "Preprocessing as in extract; the crop is random in training. [default: paper; model for timm: backbones]"
+        "Preprocessing as in extract; the crop is random in training. [default: model for timm:, hf:, …, else paper]"
     )
     device: str = _device()
     precision: str = option(
@@ -439,6 +439,8 @@ class StudyConfig(ProtocolConfig):
     max_epochs: int = option(50, "Maximum number of epochs of finetuning.", least=1, most=100_000)
     recipe: str | None = _recipe()
     weights: tuple[str, ...] = option((), "Checkpoint of a backbone; repeatable.", metavar="NAME=FILE")
-    transform: str | None = _transform("The same as in extract. [default: paper; model for timm: backbones]")
+    transform: str | None = _transform(
+        "The same as in extract. [default: model for timm:, hf:, open_clip:, onnx:, else paper]"
+    )
     device: str = option("auto", "auto, cpu, cuda:0, …; with auto, heads are trained on the CPU.", metavar="NAME")
     workers: int | None = _workers()

@@ -68,6 +68,7 @@ class Backbone:
     input_size: tuple[int, int] = (224, 224)  # height and width of the model's own preprocessing, as the next two
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    fixed: bool = False  # executed as it is by a runtime of its own: in fp32 only, and never trained
     contaminated: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
     library: str = ""  # that builds the network: one of `LIBRARIES`
@@ -233,8 +234,13 @@ class Library(Protocol):
 LIBRARIES = {
     "timm": "embcache.backbones.timm_models",
     "hf": "embcache.backbones.hf_models",
+    "open_clip": "embcache.backbones.clip_models",
+    "onnx": "embcache.backbones.onnx_models",
 }
-FORMS = "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER"
+FORMS = (
+    "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER, open_clip:MODEL/PRETRAINED, "
+    "open_clip:hf-hub:ORG/NAME, open_clip:FOLDER, onnx:FILE"
+)
 """Names of backbones in addition to those of rows, for messages."""
 
 
@@ -429,9 +435,9 @@ def weights_status(name: str, home: PathLike | None = None) -> str:
     published, cached = Published(), None
     if prefix in LIBRARIES or (row and row.model):
         cached = find_cached(rest.removeprefix("hf-hub:"), ".safetensors", ".bin")
-        if prefix == "timm":
-            published = Published(filename=timm_filename(model))
-        else:
+        if prefix in ("timm", "open_clip"):
+            published = Published(filename=timm_filename(rest))
+        if prefix != "timm":
             cached = find_model(rest, home) or cached
     else:
         spec = find_backbone(model)

@@ -117,16 +117,17 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
     """Choose the transform of a dataset's images, given their sizes (width, height), for a backbone."""
     if kind is None and backbone.transform is not None:
         return backbone.transform
-    own = backbone.library == "timm"
-    kind = kind or ("model" if own else "paper")
+    kind = kind or ("model" if backbone.library else "paper")
     check_choice("--transform", kind, KINDS)
     if kind == "model":
         if backbone.transform is not None:
             return backbone.transform
-        if not own:
+        if backbone.library != "timm":
+            own = backbone.library == "onnx"
             raise UsageError(
-                f"{backbone.name} has no preprocessing of its own", code="no-model-transform",
-                expected="paper or imagenet", found=kind, fix="embcache extract --transform imagenet …",
+                f"{backbone.name} has no preprocessing of its own that embcache can make", code="no-model-transform",
+                expected="paper or imagenet" + ", or its own in FILE.json beside the ONNX file" * own,
+                found="none in the file or beside it" if own else kind, fix="embcache extract --transform imagenet …",
             )  # fmt: skip
         return _model_transform(backbone)
     if kind == "paper":

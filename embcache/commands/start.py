@@ -206,7 +206,8 @@ def backbones(
 
     There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; hf:ORG/NAME and hf:FOLDER, models of transformers;
-    package.module:function, a function that returns a Backbone.
+    open_clip:MODEL/PRETRAINED, open_clip:hf-hub:ORG/NAME and open_clip:FOLDER, image towers of open_clip; onnx:FILE, a
+    network in an ONNX file; package.module:function, a function that returns a Backbone.
 
     Example: embcache backbones --search "chest x-ray"
     """

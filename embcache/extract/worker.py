@@ -270,6 +270,11 @@ def freeze(
             "TF32 exists on CUDA devices only", code="precision-device", found=str(target),
             fix="embcache extract --precision fp32 …",
         )  # fmt: skip
+    if backbone.spec.fixed and precision != "fp32":
+        raise UsageError(
+            f"{backbone.spec.name} is computed in fp32 only", code="precision-fixed", found=f"--precision {precision}",
+            expected="fp32", fix="embcache extract --precision fp32 …",
+        )  # fmt: skip
     if target.type == "cpu":
         keep_freed_memory()
     module = fold_norms(backbone.module.to(device="cpu"), transform.size)

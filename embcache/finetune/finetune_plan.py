@@ -121,6 +121,11 @@ def load_networks(
     """Check a request before anything is decoded, and load its networks."""
     specs = tuple(find_backbone(name, home=home) for name in backbones)
     head = check_head(find_head(config.head), [spec.name for spec in specs])
+    if fixed := [spec.name for spec in specs if spec.fixed]:
+        raise UsageError(
+            f"{fixed[0]} cannot be finetuned", code="not-trainable", found="a network that is executed as it is",
+            expected="a network of torch", fix="embcache probe, or finetune the model that the file was made from",
+        )  # fmt: skip
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
     decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from embcache.backbones.catalog import LIBRARIES
 from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.finetune.finetune_plan import GENTLE, gentle
@@ -18,7 +19,7 @@ from embcache.results.layout import Table, bounds, record, score
 from embcache.results.paper import Cell, Model
 from embcache.runs.folders import Result, list_results
 
-_PREFIXES = ("timm", "hf", "open_clip", "random")  # before the colon of a backbone that is not `module:name`
+_PREFIXES = (*LIBRARIES, "random")  # before the colon of a backbone that is not `module:name`
 # What differs from size to size along one curve, or is not part of the protocol.
 _NOT_PROTOCOL = ("subset", "splits", "images", "dataset", "run")
 
