@@ -21,6 +21,7 @@ _NAMES = {
     "embcache.data.dataset": "ImageDataset load_dataset",
     "embcache.errors": "EmbcacheError UsageError",
     "embcache.extract.extract": "extract_features",
+    "embcache.extract.foreign": "import_features",
     "embcache.figures.audit": "audit_dataset",
     "embcache.figures.rank": "rank similarity",
     "embcache.finetune.finetune": "finetune_images",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from embcache.errors import EmbcacheError as EmbcacheError
     from embcache.errors import UsageError as UsageError
     from embcache.extract.extract import extract_features as extract_features
+    from embcache.extract.foreign import import_features as import_features
     from embcache.figures.audit import audit_dataset as audit_dataset
     from embcache.figures.rank import rank as rank
     from embcache.figures.rank import similarity as similarity

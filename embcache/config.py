@@ -151,6 +151,22 @@ class ExtractConfig(Config):
 
 
 @dataclass(frozen=True)
+class ImportConfig(Config):
+    """How features that were made elsewhere are read."""
+
+    heading: ClassVar[str] = "Import options"
+
+    ids: Path | None = option(
+        None, "Names of the images, for arrays without: a text file with one per line, or a table.", metavar="FILE"
+    )
+    mean: bool = option(False, "Average several vectors of an image, such as those of a slide's patches.")
+    format: str | None = option(None, "File format of a new store. [default: zarr]", choices=("zarr", "hdf5"))
+    max_bad: int | str = option(
+        "1%", "Maximum number or percentage of images without features.", metavar="N|P%", parse=parse_count_or_share
+    )
+
+
+@dataclass(frozen=True)
 class VerifyConfig(Config):
     """What is verified in addition to the bytes of stores, and how rows are computed again."""
 

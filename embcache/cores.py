@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from embcache.errors import EmbcacheError
+
 _SMALL_MATRICES = 20_000_000  # numbers
 
 # glibc's malloc.h
@@ -51,6 +53,18 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAID)
     )
+
+
+def out_of_memory(error: BaseException) -> EmbcacheError:
+    """The error for memory that does not hold the network and one image."""
+    return EmbcacheError(
+        "the memory does not hold the network and one image", code="out-of-memory",
+        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix=(
+            "--device cpu or another device",
+            "end other processes that use the memory; the same command then continues",
+        ),
+    )  # fmt: skip
 
 
 def keep_freed_memory() -> bool:

@@ -237,6 +237,7 @@ LIBRARIES = {
     "open_clip": "embcache.backbones.clip_models",
     "onnx": "embcache.backbones.onnx_models",
 }
+OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 FORMS = (
     "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER, open_clip:MODEL/PRETRAINED, "
     "open_clip:hf-hub:ORG/NAME, open_clip:FOLDER, onnx:FILE"
@@ -275,7 +276,7 @@ def find_backbone(
         return name
     own, equals, model = name.partition("=")
     if equals:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", own) or own in backbones:
+        if not OWN_NAME.fullmatch(own) or own in backbones:
             raise UsageError(
                 f"{own!r} cannot be the name of a backbone of your own", code="own-name", found=name,
                 expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",

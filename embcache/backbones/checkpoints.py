@@ -12,7 +12,8 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -101,12 +102,26 @@ class Checkpoint:
 
 def read_checkpoint(path: Path, *, given: bool = False) -> Checkpoint:
     """Read a checkpoint, flat or nested; ``given``: the user named the file."""
+    with _refusals(path, given), path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return Checkpoint(_unwrap(_read(path, file), path), sha256)
+
+
+def read_tensors(path: Path) -> list[Tensor]:
+    """The tensors of a file that holds one, or a list of them; raises as `read_checkpoint`."""
+    with _refusals(path, True), path.open("rb") as file:
+        loaded = _read(path, file)
+        tensors = loaded if isinstance(loaded, list) else [loaded]
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise _BrokenError(f"a {type(loaded).__name__} instead of a tensor")
+        return list(_check_plain({str(k): tensor for k, tensor in enumerate(tensors)}, path).values())
+
+
+@contextmanager
+def _refusals(path: Path, given: bool) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            loaded = _read(path, file)
-        return Checkpoint(_unwrap(loaded, path), sha256)
+        yield
     except _UnsafeError as error:
         raise WeightsError(
             "the checkpoint is refused: reading it could run code", code="checkpoint-unsafe",
@@ -212,6 +227,10 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
             expected="named tensors, flat or in named mappings",
             found="entries that are not tensors: " + first_few([str(key) for key in loaded], 8), fix=_CONVERT,
         )  # fmt: skip
+    return _check_plain(state, path)
+
+
+def _check_plain(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     for key, value in state.items():
         # A tensor may be of another kind, without values, or repeat one value over any shape.

@@ -146,7 +146,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
         ("dataset", summary.dataset),
         ("backbone", recipe.backbone),
         ("network", "" if pixels else recipe.architecture),
-        ("weights", "" if pixels else f"sha256 {recipe.weights_sha256}"),
+        ("content" if recipe.foreign else "weights", "" if pixels else f"sha256 {recipe.weights_sha256}"),
         ("transform", summary.transform),
         *((f"  {name}", value) for name, value in _flat(recipe.transform)),
         ("decoder", recipe.decoder),
@@ -266,7 +266,13 @@ _COLLECTED = {
     "freed": lambda c: size_words(c.freed),
 }
 
-_DAMAGE = {"recipe": "damaged recipe", "plan": "damaged plan", "shard": "damaged", "extra": "too much"}
+_DAMAGE = {
+    "recipe": "damaged recipe",
+    "canaries": "damaged",
+    "plan": "damaged plan",
+    "shard": "damaged",
+    "extra": "too much",
+}
 _SHOWN = 20  # lines of damage of one store
 
 
@@ -378,7 +384,7 @@ class _Verification:
 
     def one_store(self, check: StoreCheck, loader: _Loader) -> tuple[bool, dict[str, Any]]:
         """Report on a store, and repair it where that was asked for: whether it is as it should be, and its JSON."""
-        from embcache.store.reading import recipe_fix, repair_command
+        from embcache.store.reading import read_header, recipe_fix, repair_command
 
         state = f"{len(check.damage)} damaged" if check.damage else "no damage"
         left = f", {check.planned:,} rows planned but not computed" if check.planned else ""
@@ -398,6 +404,10 @@ class _Verification:
         if not ok:
             if (self.config.source or self.config.sample) and not (answer["repaired"] or {}).get("error"):
                 self.show("  --source and --sample are skipped: the store is damaged")
+            return ok, answer
+        if read_header(check.path).recipe.foreign:
+            if self.config.source or self.config.sample:
+                self.show("  --source and --sample are skipped: the features were imported")
             return ok, answer
         if self.config.source:
             ok &= self._check_source(check, loader.load(), answer)

@@ -8,11 +8,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from embcache.backbones.weights import weights_by_name
-from embcache.commands.options import Answer, Skip, check_named, command, command_line, refuse_other_merges
-from embcache.commands.output import echo, echo_notes, format_table, print_objects, print_table, size_words
-from embcache.config import DatasetRef, ExtractConfig
-from embcache.errors import UsageError, first_few, printable
+from embcache.commands.options import (
+    Answer,
+    OneDataset,
+    Skip,
+    check_named,
+    check_one,
+    command,
+    command_line,
+    load_named,
+    refuse_other_merges,
+)
+from embcache.commands.output import echo, echo_notes, format_table, print_note, print_objects, print_table, size_words
+from embcache.config import DatasetRef, ExtractConfig, ImportConfig
+from embcache.errors import UsageError, first_few, one_line, printable
 from embcache.log import log
 
 if TYPE_CHECKING:
@@ -169,6 +181,59 @@ def _dry_run_words(dataset: str, answer: DryRun) -> list[str]:
 def _short(value: Any) -> str:
     text = "(not there)" if value is None else str(value)
     return text if len(text) <= 44 else f"{text[:20]}…{text[-12:]}"
+
+
+@command()
+def import_(
+    *,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Features: .npz, .npy, .parquet, .csv, .h5, .zarr, or a folder.")
+    ],
+    backbone_name: Annotated[str, "NAME", "Name of the features; no name of `embcache backbones`."],
+    dataset: OneDataset,
+    home: Path | None,
+    ref: Annotated[DatasetRef, Skip("target", "drop_class")],
+    config: ImportConfig,
+) -> Answer:
+    """Take features made elsewhere as those of a backbone, to be probed, compared and reported like any other.
+
+    A file has one vector of each image and its name: npz, Parquet, CSV, HDF5 and Zarr as `embcache export` writes them,
+    npy with --ids, a folder of TRIDENT's .h5, or of kaiko-eva's .pt with its manifest.csv. Names are compared with the
+    dataset's IDs, else its paths, else either without suffix. The same features again change nothing.
+
+    Example: embcache import features.npz --backbone-name uni-trident --dataset slides --data-root slides.csv
+    """
+    from embcache.extract.foreign import import_file
+
+    check_one(dataset, None, "embcache import FILE --backbone-name NAME --dataset NAME")
+    found, origin = load_named(dataset[0], ref, home)
+    refuse_other_merges(ref, found)
+    done = import_file(file, found, backbone_name, config, home=home)
+    store = done.store
+
+    def show() -> None:
+        echo(
+            f"{store.path.name}: {done.features:,} of {len(found):,} images of {found.name} have features "
+            f"{store.row_shape} {store.dtype}, matched by {done.matched_by}; {done.added:,} rows added"
+        )
+        for note in done.notes:
+            print_note(one_line(note))
+        if done.without:
+            print_note(f"{len(done.without):,} images without features: {one_line(first_few(done.without))}")
+        if done.ignored:
+            print_note(
+                f"{len(done.ignored):,} names that {found.name} does not have: {one_line(first_few(done.ignored))}"
+            )
+        print_note(f"the {origin} dataset; imported features are never compared with images")
+
+    answer = {
+        "dataset": found.name, "backbone": backbone_name, "store": str(store.path),
+        "fingerprint": store.recipe.fingerprint, "features": done.features, "added": done.added,
+        "matched_by": done.matched_by, "ignored": list(done.ignored), "without": list(done.without),
+        "notes": list(done.notes),
+    }  # fmt: skip
+    following = ["probe", "--head", "linear", "--subset", "S,M,F", "--backbone", backbone_name, "--dataset", found.name]
+    return Answer(answer, show, following)
 
 
 @command(table=True)

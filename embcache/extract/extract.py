@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import embcache
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
 from embcache.backbones.pooling import Pooling
 from embcache.backbones.transforms import Transform, choose_transform
@@ -30,17 +28,19 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.images import DECODER_VERSION
 from embcache.errors import EmbcacheError, RecipeError, UsageError
+from embcache.extract.canaries import canary_features, check_canaries, environment
 from embcache.extract.engines.devices import Crew, split_devices
 from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
+from embcache.extract.foreign import refuse_foreign
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
 from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
 from embcache.log import log, shown
 from embcache.paths import PathLike, slug
-from embcache.store.commit import create_store, write_snapshot
+from embcache.store.commit import place_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
-from embcache.store.schema import Recipe
+from embcache.store.schema import Recipe, StoreHeader
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -173,6 +173,7 @@ def open_networks(
 ) -> list[FrozenNetwork]:
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
     names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
+    refuse_foreign([name for name in backbones if isinstance(name, str)], dataset, home)
     weights = weights_by_name(names, config.weights)
     found = [find_backbone(b, folder=weights.get(name), home=home) for b, name in zip(backbones, names, strict=True)]
     specs = [repool(spec, config.tokens, config.layers) for spec in found]
@@ -184,7 +185,6 @@ def open_networks(
         loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
         networks.append(freeze(loaded, transform, device, config.precision, *views))
-        _check_output(networks[-1])
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
         if loaded.inferred:
@@ -192,41 +192,25 @@ def open_networks(
     return networks
 
 
-def _check_output(network: FrozenNetwork) -> None:
-    """Refuse a network of others whose features are not of the length it states, before any image is read."""
-    spec = network.backbone.spec
-    if spec.module is None:
-        return
-    try:
-        made: object = network.features(np.zeros((1, *network.transform.size, 3), np.uint8)).shape
-    except Exception as error:  # whatever code of the user raises
-        made = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
-    if made != (1, *spec.row_shape):
-        raise UsageError(
-            f"{spec.name} does not make the features that it states", code="backbone-output",
-            expected=f"{(1, *spec.row_shape)} of one image", found=str(made),
-            fix="state its output as dim=…, and return one vector per image",
-        )  # fmt: skip
-
-
 def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     recipe, device = make_recipe(network), network.device.type
-    path = create_store(
-        files.folder, recipe, format=config.format, row_shape=network.row_shape,
+    header = StoreHeader(
+        recipe, config.format or "zarr", network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(),
-        provenance={
-            "weights": network.backbone.weights_source, "device": str(network.device), "torch": torch.__version__,
-            "embcache": embcache.__version__,
-        },
+        provenance={"weights": network.backbone.weights_source, **environment(network)},
     )  # fmt: skip
+    canaries = cache(partial(canary_features, network))
+    path = place_store(files.folder, header, config.format, canaries)
     store = FeatureStore(path)
     if config.rows_per_shard not in (None, store.rows_per_shard):
         log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
     if not store.committed():
         _log_differences(store, files.folder)
     plan = plan_store(store, dataset, files.scan, retry_quarantined=config.retry_quarantined)
+    if plan.shards:
+        check_canaries(path, network, canaries)
     return OwedStore(store, plan, config.batch_size or store.batch_size)
 
 

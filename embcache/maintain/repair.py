@@ -8,6 +8,7 @@ is killed between two renames leaves a shard that is planned and not there; the 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,7 +22,8 @@ from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
-from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, first_few
+from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, UsageError, first_few
+from embcache.extract.canaries import FLOAT16_TOLERANCE, TOLERANCES, check_canaries
 from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.worker import compute_shard
@@ -30,9 +32,10 @@ from embcache.log import log
 from embcache.maintain.verify import StoreCheck, digest_now, image_folder, verify_store
 from embcache.paths import PathLike
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, replace_plan, take_out, write_view
-from embcache.store.feature_store import PIXELS, FeatureStore, extract_command
+from embcache.store.feature_store import PIXELS, FeatureStore, extract_command, import_command
 from embcache.store.lease import Lease
 from embcache.store.reading import (
+    CANARIES,
     CommitRecord,
     check_folders,
     committed_numbers,
@@ -46,10 +49,6 @@ from embcache.store.reading import (
     shard_path,
 )
 from embcache.store.schema import Recipe, RowIndex, StoreHeader
-
-# Largest allowed |cached - computed| / max |computed| of an image, by precision: the same arithmetic in other batches.
-TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
-FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
 
 # Makes rows of images, in their order: sources, pool, batch size, progress, limits of decoding.
 Maker = Callable[[Sequence[ImageRef], Executor, int, Callable[[int], object], Decoding], ShardRows]
@@ -67,9 +66,15 @@ class Rebuild:
     trust: Sequence[str] = ()  # `module:function` backbones that may be imported: those that were typed
 
 
-def make_again(header: StoreHeader, dataset: ImageDataset, how: Rebuild) -> Maker:
+def make_again(path: Path, dataset: ImageDataset, how: Rebuild) -> Maker:
     """What makes the rows of a store again: the images and, for features, the network with its weights."""
-    root, recipe = image_folder(dataset), header.recipe
+    recipe = read_header(path).recipe
+    if recipe.foreign:
+        raise UsageError(
+            "imported features cannot be computed again: no network is known that makes them", code="foreign-features",
+            where=path, fix="embcache verify without --sample",
+        )  # fmt: skip
+    root = image_folder(dataset)
     if recipe.backbone == PIXELS:
         framing = recipe_transform(recipe)
         _refuse_another(recipe, pixel_recipe(framing), dataset)
@@ -79,6 +84,7 @@ def make_again(header: StoreHeader, dataset: ImageDataset, how: Rebuild) -> Make
         views=int(recipe.transform.get("views", 1)), augment=dataset.augment, imports=recipe.backbone in how.trust,
     )  # fmt: skip
     _refuse_another(recipe, make_recipe(network), dataset)
+    check_canaries(path, network)
     return lambda sources, pool, batch_size, on_rows, decoding: compute_shard(
         root, sources, [network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
     )[0]
@@ -133,7 +139,7 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     """Compute ``number`` random rows of a store again from their images; raises as `make_again`."""
     header = read_header(path)
     decoding = Decoding() if how.max_pixels is None else Decoding(check_max_pixels(how.max_pixels))
-    maker = make_again(header, dataset, how)
+    maker = make_again(path, dataset, how)
     store = FeatureStore(path).restrict(dataset.table["id"])
     if not len(store):
         raise StoreError(
@@ -193,15 +199,25 @@ class _Repair:
             check = verify_store(path)
         check_folders(path)
         self.header = read_header(path)  # nothing is repaired without the recipe
+        if any(each.kind == "canaries" for each in check.damage):
+            take_out(path, path / CANARIES, "canaries-damaged")
+            self.did(f"{CANARIES}: removed; networks are no longer compared with those of the first extraction")
         there = {*plan_numbers(path), *committed_numbers(path)}  # gc may have removed some since
         shards, plans = (
             sorted({each.shard for each in check.damage if each.kind == kind and each.shard in there})
             for kind in ("shard", "plan")
         )
+        if (shards or plans) and self.header.recipe.foreign:
+            store = FeatureStore(path)
+            raise StoreError(
+                "imported features cannot be computed again; the store was not changed", code="foreign-features",
+                found=f"damage in {first_few([f'shard {number}' for number in sorted({*shards, *plans})])}", where=path,
+                fix=f"mv {shlex.quote(str(path))} FOLDER, then {import_command(store, path.parent.name)}",
+            )  # fmt: skip
         if shards or plans:
             self.dataset = load()
             self.root = image_folder(self.dataset)
-            maker = make_again(self.header, self.dataset, self.how) if shards else None
+            maker = make_again(path, self.dataset, self.how) if shards else None
             self.refuse_missing(shards)
             self.repair_plans(plans, shards)
             if maker is not None:
@@ -210,7 +226,7 @@ class _Repair:
             if each.kind == "extra" and os.path.lexists(each.path):
                 discard(each.path)
                 self.did(f"{each.path.relative_to(path)}: removed")
-        if committed_numbers(path) and {each.kind for each in check.damage} != {"extra"}:
+        if committed_numbers(path) and not {each.kind for each in check.damage} <= {"extra", "canaries"}:
             write_view(path)
             self.did("the view for plain readers: written anew")
         return verify_store(path)

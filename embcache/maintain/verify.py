@@ -18,11 +18,13 @@ from embcache.maintain.listing import STORE_NAME
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
+    CANARIES,
     ShardFiles,
     committed_numbers,
     misplaced,
     plan_numbers,
     plan_path,
+    read_canaries,
     read_features,
     read_header,
     read_index,
@@ -34,7 +36,7 @@ from embcache.store.reading import (
 from embcache.store.schema import StoreHeader
 
 # A store's own entries; anything else in its folder is reported and left alone.
-_ENTRIES = {"recipe.json", "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
+_ENTRIES = {"recipe.json", CANARIES, "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
 _AHEAD = 1024  # images handed to the threads at a time by `check_source`
 _NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
 
@@ -54,7 +56,7 @@ class Rows:
 class Damage:
     """One thing that is not as it was committed."""
 
-    kind: str  # "recipe", "plan", "shard" or "extra"
+    kind: str  # "recipe", "canaries", "plan", "shard" or "extra"
     path: Path  # the file, or the folder where that is all that is known
     problem: str  # in one line
     shard: int | None = None
@@ -137,6 +139,11 @@ class _Verification:
             if isinstance(error.__cause__, OSError) and not isinstance(error, CorruptStoreError):
                 raise
             self.damage.append(Damage("recipe", self.path / "recipe.json", _in_one_line(error)))
+        try:
+            if read_canaries(self.path) is not None:
+                self.sizes.append((self.path / CANARIES).lstat().st_size)
+        except CorruptStoreError as error:
+            self.damage.append(Damage("canaries", self.path / CANARIES, _in_one_line(error)))
         for number in plan_numbers(self.path):
             file = plan_path(self.path, number)
             with self.noting("plan", file, number):
@@ -148,6 +155,8 @@ class _Verification:
             on_shard(done, len(self.committed))
         self.check_pairs()
         self.check_listing()
+        if self.header and self.header.recipe.foreign:
+            self.notes.append("imported features: their bytes are verified, and never compared with images")
         self.notes += store_notes(self.path)
 
     def check_shard(self, number: int) -> None:

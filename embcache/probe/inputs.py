@@ -21,7 +21,7 @@ from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.feature_rows import Streamed
 from embcache.probe.protocol import Sides, Splits, divide, plan_splits, read_splits, subset_sizes, write_splits
-from embcache.store.feature_store import FeatureStore, extract_command, list_stores, open_store
+from embcache.store.feature_store import FeatureStore, fill_command, list_stores, open_store
 
 PAPER_SET = ("simclr", "swav", "dino")  # what a head fuses by default (Section 5.6)
 
@@ -221,7 +221,7 @@ def rows_of(
         raise StoreError(
             f"{len(missing):,} of {len(rows):,} images have no features of {store.recipe.backbone} yet",
             code="features-missing", found=f"no row for {first_few(missing)}", where=store.path,
-            fix=extract_command(store.recipe.backbone, ds) + (f" --views {views}" if views > 1 else ""),
+            fix=fill_command(store, ds) + (f" --views {views}" if views > 1 else ""),
         )  # fmt: skip
     return rows
 

@@ -36,12 +36,13 @@ from embcache.errors import (
     UsageError,
     first_few,
 )
+from embcache.extract.canaries import check_canaries
 from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
 from embcache.extract.scan import image_root
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
 from embcache.finetune.model import FinetunedModel, load_fold
 from embcache.io import check_target, write_output
-from embcache.paths import PathLike
+from embcache.paths import PathLike, slug
 from embcache.probe.heads import find_head
 from embcache.probe.metrics import softmax
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
@@ -340,6 +341,12 @@ def _load_model(
         )  # fmt: skip
     refuse_untrusted(result, config.trust)
     recipes = run_recipes(result, home)
+    if foreign := [backbone for backbone, recipe in recipes.items() if recipe.foreign]:
+        raise UsageError(
+            "features of new images cannot be made: some were imported", code="foreign-features",
+            found=", ".join(foreign), where=folder, expected="a run of backbones that are networks on this machine",
+            fix="probe a backbone of `embcache backbones` and predict with that run",
+        )  # fmt: skip
     if result.kind == "finetune":
         if config.weights:
             raise UsageError("a finetuned run has its own weights", code="unused-option",
@@ -402,6 +409,10 @@ def _rebuild(
     # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.
     made = replace(made, transform={**recipe.transform, **made.transform})
     _refuse_differences(result, recipe, made, network.backbone.weights_source)
+    # The store that the heads were trained on, else another of the recipe: the first that has canaries tells.
+    stores = [store for store in list_stores(home) if store.recipe.fingerprint == recipe.fingerprint]
+    stores.sort(key=lambda store: store.dataset != slug(result.dataset))
+    any(check_canaries(store.path, network) for store in stores)
     return network
 
 

@@ -10,7 +10,7 @@ is renamed is on disk before it gets its name, and a shard never outlives the pl
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,26 @@ def create_store(
     check_choice("--format", format or "zarr", FORMATS)
     shape, sizes = tuple(map(int, row_shape)), (int(rows_per_shard), int(batch_size), int(threads))
     header = StoreHeader(recipe, format or "zarr", shape, *sizes, dict(provenance or {}))
-    store = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
+    return place_store(Path(dataset_dir), header, format)
+
+
+def place_store(
+    dataset_dir: Path, header: StoreHeader, format: str | None = None, canaries: Callable[[], np.ndarray] | None = None
+) -> Path:
+    """As `create_store`; ``canaries`` makes the features of the drawn images of a store that is not there yet."""
+    recipe = header.recipe
+    store = dataset_dir / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
     if recipe.nameless:  # it may have been made under another name
-        store = min(Path(dataset_dir).glob(f"*-{recipe.fingerprint[:12]}"), default=store)
+        store = min(dataset_dir.glob(f"*-{recipe.fingerprint[:12]}"), default=store)
+    files = {"recipe.json": seal(header.to_json())}
+    if canaries is not None and not store.is_dir():
+        files[reading.CANARIES] = _sealed_canaries(canaries())
     with disk.writing(store):
         if not store.is_dir():
             disk.make_folder(store.parent)
             staged = store.parent / disk.staged_name(f".{store.name}-")
             try:
-                disk.write_tree(staged, {"recipe.json": seal(header.to_json())}, reading.FOLDERS)
+                disk.write_tree(staged, files, reading.FOLDERS)
                 disk.rename_new(staged, store)
             except FileNotFoundError:
                 # Another process created it first and removed what we had begun.
@@ -84,6 +95,11 @@ def create_store(
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
         )  # fmt: skip
     return store
+
+
+def _sealed_canaries(features: np.ndarray) -> bytes:
+    values = np.ascontiguousarray(features, dtype="<f4")
+    return seal({"shape": list(values.shape), "features": values.tobytes().hex()}, indent=None)
 
 
 def _staged_prefixes(store: Path, number: int) -> list[str]:

@@ -308,7 +308,7 @@ class FeatureStore:
             raise StoreError(
                 f"{len(absent):,} of {len(wanted):,} images have no features yet", code="features-incomplete",
                 found=f"no row for {absent[0]!r}" + (f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""),
-                where=self.path, fix=extract_command(self.recipe.backbone, dataset),
+                where=self.path, fix=fill_command(self, dataset),
             )  # fmt: skip
         labels = table["label"].to_numpy(dtype=np.int64)[kept]
         groups = np.array([str(group) for group in table["group"]], dtype=np.str_)[kept]
@@ -490,7 +490,24 @@ def describe_differences(recipes: list[Recipe]) -> list[str]:
 
 def extract_command(backbone: str, dataset: str | NamedTable, home: PathLike | None = None) -> str:
     """The command that extracts a backbone over a dataset."""
-    words = ["embcache", "extract", "--backbone", backbone]
+    return _command(["extract", "--backbone", backbone], dataset, home)
+
+
+def import_command(store: FeatureStore, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+    """The command that imported the features of a store."""
+    file = str(store.provenance.get("imported_from", "FILE"))
+    return _command(["import", file, "--backbone-name", store.recipe.backbone], dataset, home)
+
+
+def fill_command(store: FeatureStore, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+    """The command that adds what a store lacks."""
+    if store.recipe.foreign:
+        return import_command(store, dataset, home)
+    return extract_command(store.recipe.backbone, dataset, home)
+
+
+def _command(words: list[str], dataset: str | NamedTable, home: PathLike | None) -> str:
+    words = ["embcache", *words]
     if not isinstance(dataset, LoadedDataset):
         words += ["--dataset", dataset if isinstance(dataset, str) else dataset.name]
     else:

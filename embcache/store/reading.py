@@ -3,6 +3,7 @@
 ::
 
     <store>/recipe.json            header: the recipe and how the store was created
+            canaries.json          features of two drawn images, made by the network when the store was created
             plan/000017.json       the rows that shard 17 owes
             shards/000017/         commit.json and the files that it vouches for
 """
@@ -28,6 +29,7 @@ from embcache.sealed import crc32c, unseal
 from embcache.store.schema import FORM, FORMATS, PlanEntry, Recipe, RowIndex, StoreHeader, find_format, plan_entries
 
 _T = TypeVar("_T")
+CANARIES = "canaries.json"
 FOLDERS = ("plan", "shards", "leases", "staging")
 _NUMBER = re.compile(r"\d{6,}")
 
@@ -114,6 +116,18 @@ def read_header(store: Path) -> StoreHeader:
             expected=" | ".join(FORMATS), found=header.format, where=path, fix="pip install --upgrade embcache",
         )  # fmt: skip
     return header
+
+
+def read_canaries(store: Path) -> np.ndarray | None:
+    """Features of the drawn images, float32 (2, \\*row_shape); None where a store was made without."""
+    path, fix = store / CANARIES, f"`{repair_command(store)}`: the store is then used without them"
+    if not os.path.lexists(path):
+        return None
+    content = unseal(read_file(path, fix), path, fix, indent=None)
+    try:
+        return np.frombuffer(bytes.fromhex(content["features"]), "<f4").reshape(content["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_ours(CANARIES, error, path, fix) from error
 
 
 def plan_numbers(store: Path) -> list[int]:

@@ -20,6 +20,9 @@ from embcache.sealed import canonical_json
 FORM = 2
 """Of all files of a store; any other form is refused."""
 
+FOREIGN = "foreign features"
+"""Stands for the architecture in the recipe of features that were made elsewhere and imported."""
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 FORMATS = ("zarr", "hdf5")
 MOST_ROW_BYTES = 1 << 28
@@ -100,6 +103,11 @@ class Recipe:
     def nameless(self) -> bool:
         """Whether the backbone's name is not part of the fingerprint."""
         return self.architecture.startswith(("transformers ", "open_clip ", "onnx "))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the features were made elsewhere: nothing here can compute them."""
+        return self.architecture == FOREIGN
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name."""

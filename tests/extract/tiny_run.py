@@ -29,8 +29,13 @@ class Troubled(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.drawn = False  # whether the images of the canaries are through
 
     def forward(self, images: Tensor) -> Tensor:
+        if not self.drawn:
+            self.drawn = True
+            drawn: Tensor = self.module(images)
+            return drawn
         time.sleep(float(os.environ.get("TINY_SECONDS", "0")))
         pattern = os.environ.get("TINY_WAITS", "").removeprefix("/")
         while pattern and not list(Path("/").glob(pattern)):

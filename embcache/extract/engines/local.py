@@ -17,10 +17,9 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from embcache.cores import is_shortage
+from embcache.cores import is_shortage, out_of_memory
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs
-from embcache.errors import EmbcacheError
 from embcache.extract.scan import Plan, Shard
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
@@ -207,12 +206,7 @@ class LocalEngine:
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if size == 1:
-                    raise EmbcacheError(
-                        "the memory does not hold the network and one image", code="out-of-memory", found=reason, fix=(
-                            "--device cpu or another device",
-                            "end other processes that use the memory; the same command then continues",
-                        ),
-                    ) from error  # fmt: skip
+                    raise out_of_memory(error) from error
             # Outside the clause: the error keeps the tensors of its frames alive.
             size = self._largest = size // 2
             log.warning(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
