@@ -228,3 +228,23 @@ def test_the_file_is_sealed_json(ds: ImageDataset) -> None:
     content = json.loads(path.read_text())
     assert content["shape"] == [2, DIM]
     assert len(content["features"]) == 2 * DIM * 8
+
+
+class Patches(nn.Module):
+    """One vector for each patch of 8 × 8 pixels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
+
+
+def test_features_of_patches_have_canaries(
+    ds: ImageDataset, images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    spec = Backbone.from_module(Patches(), name="patches", dim=3, patch=8, patches=1, pooling="patches")
+    store = extract_features(spec, ds, home=home)
+    assert isinstance(store, FeatureStore)
+    kept = read_canaries(store.path)
+    assert kept is not None
+    assert kept.shape == (2, 25, 3)
+    assert len(extract_features(spec, grow(images), home=home)) == 21

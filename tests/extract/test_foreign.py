@@ -383,7 +383,7 @@ def test_imported_features_are_neither_extracted_nor_computed_again_nor_predicte
     with refused(UsageError, "foreign-features"):
         run_extraction(["mine"], ds)
     with refused(UsageError, "unknown-backbone"):
-        run_extraction(["nobodys"], ds)
+        run_extraction(["no-such"], ds)
     with refused(UsageError, "foreign-features"):
         check_sample(store.path, ds, 3)
     result = probe_features(ds, ["mine"], head="logreg", subset="F", folds=2)
