@@ -29,10 +29,10 @@ from embcache.store.reading import read_canaries, read_header
 TOLERANCES = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 2e-2}
 FLOAT16_TOLERANCE = 1e-3  # added where features are kept as float16: half a unit in the last place is 2**-11
 
-# Libraries that may run a network, by module and distribution.
+# Libraries that the networks of a prefix are made of, by module and distribution.
 _LIBRARIES = {
-    "torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "open_clip": "open_clip_torch",
-    "onnxruntime": "onnxruntime",
+    "hf": ("transformers", "transformers"), "open_clip": ("open_clip", "open_clip_torch"),
+    "onnx": ("onnxruntime", "onnxruntime"),
 }  # fmt: skip
 
 
@@ -76,13 +76,14 @@ def canary_features(network: FrozenNetwork) -> NDArray[np.float32]:
 
 
 def environment(network: FrozenNetwork) -> dict[str, str]:
-    """Device and versions of the libraries that are loaded, as the provenance of a store records them."""
-    found = {"device": str(network.device), "torch": torch.__version__, "embcache": embcache.__version__}
-    for module, distribution in _LIBRARIES.items():
-        if module in sys.modules:
-            with suppress(PackageNotFoundError):
-                found[distribution] = version(distribution)
-    return found
+    """Device and versions of the libraries that a network may be made of, as the provenance of a store records them."""
+    spec, found = network.backbone.spec, {"device": str(network.device), "torch": torch.__version__}
+    of_users = [name for module, name in _LIBRARIES.values() if spec.module is not None and module in sys.modules]
+    of_prefix = [_LIBRARIES[spec.library][1]] if spec.library in _LIBRARIES else []
+    for name in ("torchvision", "timm", *of_prefix, *of_users):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return {**found, "embcache": embcache.__version__}
 
 
 def check_canaries(store: Path, network: FrozenNetwork, made: Callable[[], NDArray[np.float32]] | None = None) -> bool:

@@ -176,7 +176,8 @@ def _no_features(path: Path, names: Sequence[str]) -> DatasetError:
 def _texts(values: Any) -> list[str]:
     """Names from an array of text, bytes or whole numbers, or a list of them."""
     listed = np.asarray(values).tolist()
-    return [value.decode("utf-8") if isinstance(value, bytes) else as_text(value) for value in listed]
+    listed = [value.decode("utf-8") if isinstance(value, bytes) else value for value in listed]
+    return [value if isinstance(value, str) else as_text(value) for value in listed]
 
 
 # Arrays
@@ -325,8 +326,9 @@ def _from_table(table: pa.Table, key: str | None, path: Path, notes: list[str], 
     types = {field.name: field.type for field in table.schema if field.name != key}
     lists = [name for name, kind in types.items() if pa.types.is_list(kind) or pa.types.is_large_list(kind)
              or pa.types.is_fixed_size_list(kind)]  # fmt: skip
+    # Lists written as text, in columns that are called as features are.
     written = [name for name in types if len(table) and str(table[name][0].as_py()).strip()[:1] in ("[", "(")]
-    chosen = _pick(lists or written, _FEATURES) or next(iter(lists or written), None)
+    chosen = _pick(lists, _FEATURES) or next(iter(lists), None) or _pick(written, _FEATURES)
     names = _texts(table[key].to_pylist())
     if chosen:
         notes.append(f"features are the lists of the column {chosen!r}")

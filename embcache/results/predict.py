@@ -409,10 +409,10 @@ def _rebuild(
     # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.
     made = replace(made, transform={**recipe.transform, **made.transform})
     _refuse_differences(result, recipe, made, network.backbone.weights_source)
-    # The store that the heads were trained on, else another of the recipe: the first that has canaries tells.
     stores = [store for store in list_stores(home) if store.recipe.fingerprint == recipe.fingerprint]
-    stores.sort(key=lambda store: store.dataset != slug(result.dataset))
-    any(check_canaries(store.path, network) for store in stores)
+    for store in sorted(stores, key=lambda store: store.dataset != slug(result.dataset)):
+        if check_canaries(store.path, network):
+            break  # the store that the heads were trained on, or another of the recipe
     return network
 
 

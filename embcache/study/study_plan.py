@@ -58,19 +58,24 @@ class DatasetState:
             return
         probed = {name for model in self.models if model.kind != "finetune" for name in model.backbones}
         for backbone in dict.fromkeys(name for model in self.models for name in model.backbones):
-            find_backbone(backbone, home=self.home)  # an unknown name is an error before anything is done
             if backbone in self.broken:
                 continue
-            owed = len(self.ds)
+            owed, foreign = len(self.ds), False
             if backbone in probed:
                 try:
                     store = open_stores(self.ds, [[backbone]], self.home, self.config.recipe)[backbone]
                     owed = len(set(self.ds.table["id"]).difference(store.ids.tolist(), store.quarantined))
+                    foreign = store.recipe.foreign
                 except StoreNotFoundError:
                     pass
                 except RecipeError as error:
                     self.broken[backbone] = in_a_line(error)
                     continue
+            if not foreign:
+                find_backbone(backbone, home=self.home)  # an unknown name is an error before anything is done
+            elif owed:
+                self.broken[backbone] = f"{backbone}: features of {owed:,} images are yet to be imported"
+                continue
             if owed and (reason := self._why_not_computed(backbone)):
                 self.broken[backbone] = reason
             elif owed and backbone in probed:

@@ -18,6 +18,7 @@ from embcache.commands import figures as commands
 from embcache.config import DatasetRef, StudyConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
+from embcache.extract.foreign import import_features
 from embcache.log import shown
 from embcache.probe.probe import probe_features
 from embcache.probe.protocol import plan_splits, write_splits
@@ -88,6 +89,16 @@ def test_a_study_that_was_stopped_goes_on(toy: ImageDataset, home: Path, monkeyp
     done = made()
     assert calls == [[("effnet_lite0",)]]
     assert all(record["mean"] is not None for record in done.table.records)
+
+
+def test_imported_features_are_a_column_of_a_table(toy: ImageDataset, tmp_path: Path) -> None:
+    features = make_features(toy, seed=3)
+    np.savez(tmp_path / "f.npz", features=features, ids=np.array(toy.table["id"].tolist()))
+    import_features(tmp_path / "f.npz", toy, backbone="mine")
+    done = made(backbones=["mine", "random"])
+    assert {record["model"] for record in done.table.records if record["run"]} >= {"mine", "Random"}
+    with refused(UsageError, "unknown-backbone"):
+        made(backbones=["nothing"])
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(toy: ImageDataset, home: Path) -> None:
