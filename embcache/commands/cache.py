@@ -266,13 +266,7 @@ _COLLECTED = {
     "freed": lambda c: size_words(c.freed),
 }
 
-_DAMAGE = {
-    "recipe": "damaged recipe",
-    "canaries": "damaged",
-    "plan": "damaged plan",
-    "shard": "damaged",
-    "extra": "too much",
-}
+_DAMAGE = {"recipe": "damaged recipe", "plan": "damaged plan", "extra": "too much"}  # of other kinds: damaged
 _SHOWN = 20  # lines of damage of one store
 
 
@@ -447,7 +441,7 @@ class _Verification:
     def _show_damage(self, check: StoreCheck) -> None:
         for each in check.damage[:_SHOWN]:
             place = each.path.relative_to(check.path) if each.path.is_relative_to(check.path) else each.path
-            self.show(f"  {_DAMAGE[each.kind]}: {one_line(str(place))}: {one_line(each.problem)}")
+            self.show(f"  {_DAMAGE.get(each.kind, 'damaged')}: {one_line(str(place))}: {one_line(each.problem)}")
             if each.shard is not None:
                 self.show(f"    shard {each.shard}{_rows_of(each)}")
         if len(check.damage) > _SHOWN:
