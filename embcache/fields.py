@@ -270,12 +270,19 @@ def parse_pairs(values: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def bare_name(backbone: str) -> str:
+    """The name under which a backbone's features and results are kept: ``mine`` of ``mine=timm:NAME``, else all."""
+    own, equals, _ = backbone.partition("=")
+    return own if equals and ":" not in own else backbone
+
+
 def parse_weights(values: Sequence[str], names: Sequence[str] | None = None) -> dict[str, Path]:
-    """Checkpoints by backbone, from ``[NAME=]FILE`` values; a `UsageError` where one does not name its backbone.
+    """Checkpoints by `bare_name`, from ``[NAME=]FILE`` values; a `UsageError` where one does not name its backbone.
 
     Where the backbones are not known yet (``names`` is None) every value must begin with a name.
     """
     weights: dict[str, Path] = {}
+    names = names if names is None else [bare_name(name) for name in names]
     for value in values:
         # The name of a backbone has no "=", a path may: only a known name before the first "=" is one.
         name, separator, file = value.partition("=")

@@ -5,12 +5,13 @@ Listing backbones must not cost the import of torch, so modules that need it are
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -24,7 +25,8 @@ from embcache.backbones.weights import (
     locate_weights,
     timm_filename,
 )
-from embcache.errors import UsageError, WeightsError
+from embcache.errors import EmbcacheError, UsageError, WeightsError
+from embcache.fields import bare_name
 from embcache.paths import PathLike, weights_dir
 from embcache.registry import Registry
 
@@ -48,7 +50,7 @@ class Backbone:
     good. `from_module` makes a backbone of a network of your own.
     """
 
-    name: str  # as given to --backbone
+    name: str  # of its features, stores and results
     network: str  # library and name of the architecture; part of every recipe
     dim: int
     parameters: int  # of the network that makes the features, without any classifier
@@ -73,7 +75,7 @@ class Backbone:
     module: nn.Module | None = field(default=None, repr=False, compare=False)  # for a backbone made by from_module
     library: str = ""  # that builds the network: one of `LIBRARIES`
     origin: str = field(default="", compare=False)  # where its files are: a repository, a folder or a file
-    model: str = ""  # of a row of catalog.toml: the name that its library knows, such as timm:NAME
+    model: str = ""  # what a name of the user's own, or of a row, stands for, such as timm:NAME
     gated: bool | None = None  # whether its publisher asks for terms to be accepted; None: not known
     patches: int = 0  # tokens of a row (T, D), for features of patches
     transform: Transform | None = None
@@ -107,6 +109,20 @@ class Backbone:
             arguments and name that as ``package.module:function``, or announce it as an entry point of the group
             ``embcache.backbones``.
         """
+        from torch import nn
+
+        from embcache.backbones.transforms import Transform
+
+        try:
+            fits = transform is None or Transform.from_dict(transform.to_dict()) == transform
+        except (AttributeError, ValueError):
+            fits = False
+        if not isinstance(module, nn.Module) or not fits:
+            raise UsageError(
+                f"{name} cannot be made a backbone", code="backbone-type", where="Backbone.from_module",
+                expected="a torch.nn.Module, and as transform=… a Transform or None",
+                found=f"{type(module).__name__}, {transform!r}"[:300],
+            )  # fmt: skip
         kind = type(module)
         known = {"source": "a module of your own", "license": "not stated", "pooling": "own"}
         return cls(
@@ -129,6 +145,11 @@ class Backbone:
         """ORG/NAME of a row's model on the Hugging Face hub; empty if its library knows where the files are."""
         prefix, _, rest = self.model.partition("@")[0].partition(":")
         return rest.removeprefix("hf-hub:") if prefix == "hf" or rest.startswith("hf-hub:") else ""
+
+    @property
+    def typed(self) -> str:
+        """What to type where the network is loaded: its name, or ``mine=timm:NAME``."""
+        return f"{self.name}={self.model}" if self.model else self.name
 
     @property
     def pretrained(self) -> bool:
@@ -240,7 +261,7 @@ LIBRARIES = {
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 FORMS = (
     "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER, open_clip:MODEL/PRETRAINED, "
-    "open_clip:hf-hub:ORG/NAME, open_clip:FOLDER, onnx:FILE"
+    "open_clip:hf-hub:ORG/NAME, open_clip:FOLDER, onnx:FILE, MINE=one of these"
 )
 """Names of backbones in addition to those of rows, for messages."""
 
@@ -274,15 +295,17 @@ def find_backbone(
     """
     if isinstance(name, Backbone):
         return name
-    own, equals, model = name.partition("=")
-    if equals:
-        if not OWN_NAME.fullmatch(own) or own in backbones:
+    own, model = bare_name(name), name.removeprefix(bare_name(name))[1:]
+    if model:
+        if not OWN_NAME.fullmatch(own) or own in backbones or own == "pixels":
             raise UsageError(
                 f"{own!r} cannot be the name of a backbone of your own", code="own-name", found=name,
                 expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",
                 fix=f"--backbone mine={model}",
             )  # fmt: skip
-        return replace(find_backbone(model, imports=imports, folder=folder, home=home), name=name)
+        with _for_own_name(own, folder):
+            found = find_backbone(model, imports=imports, folder=folder, home=home)
+        return replace(found, name=own, model=found.model or found.name)
     spec = known_backbone(name, imports=imports, folder=folder, home=home)
     if not spec.model:
         return spec
@@ -295,6 +318,21 @@ def find_backbone(
             expected=f"{spec.dim} features", found=f"{found.dim}", fix=f"--backbone {spec.model}",
         )  # fmt: skip
     return found
+
+
+@contextlib.contextmanager
+def _for_own_name(own: str, weights: PathLike | None) -> Iterator[None]:
+    """Weights that cannot be had, of a name of the user's own (empty: of no such name): say how to name their file."""
+    try:
+        yield
+    except WeightsError as error:
+        if weights is not None or not own:
+            raise
+        more = [error.fix] if error.fix and "--weights" not in error.fix else []
+        raise WeightsError(
+            error.problem, code=error.code, expected=error.expected, found=error.found, where=error.where,
+            fix=(f"--weights {own}=FILE", *more),
+        ) from error  # fmt: skip
 
 
 def known_backbone(
@@ -329,6 +367,8 @@ def known_backbone(
     if callable(found):
         try:
             made = found()
+        except EmbcacheError:
+            raise
         except Exception as error:  # whatever code of the user raises
             raise UsageError(
                 f"{name} raised an error instead of making a backbone", code="backbone-function",
@@ -402,16 +442,24 @@ def load_backbone(
         if weights is not None:
             raise UsageError(
                 f"{spec.name} takes no weights: it has its own", code="backbone-takes-no-weights",
-                found=f"--weights {weights}", fix=f"embcache extract --backbone {spec.name} … without --weights",
+                found=f"--weights {weights}", fix=f"embcache extract --backbone {spec.typed} … without --weights",
             )  # fmt: skip
         if spec.module is not None:
-            own = copy.deepcopy(spec.module)
-            return _freeze(spec, own, checkpoints.hash_state(own), "a module of your own")
+            try:
+                own = copy.deepcopy(spec.module)
+                return _freeze(spec, own, checkpoints.hash_state(own), "a module of your own")
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                raise UsageError(
+                    f"the module of {spec.name} cannot be copied, hashed and frozen", code="backbone-module",
+                    found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+                    expected="a torch.nn.Module of initialized tensors, all of them parameters or buffers",
+                ) from error  # fmt: skip
         module = networks.resnet50(seed=spec.seed or 0)
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
-    if spec.library:
-        return _freeze(spec, *library_of(spec).load(spec, weights, home, image_size, allow_download))
-    path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
+    with _for_own_name(spec.name if spec.model else "", weights):
+        if spec.library:
+            return _freeze(spec, *library_of(spec).load(spec, weights, home, image_size, allow_download))
+        path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
@@ -430,8 +478,9 @@ def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferre
 
 def weights_status(name: str, home: PathLike | None = None) -> str:
     """Describe whether a backbone's weights are on this machine, without reading or fetching anything."""
-    row = BACKBONES.get(name)
-    model = row.model if row and row.model else name.rpartition("=")[2]
+    model = name.removeprefix(bare_name(name)).removeprefix("=") or name
+    row = BACKBONES.get(model)
+    model = row.model if row and row.model else model
     prefix, _, rest = model.partition(":")
     published, cached = Published(), None
     if prefix in LIBRARIES or (row and row.model):

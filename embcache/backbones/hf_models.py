@@ -188,16 +188,33 @@ def load(
             found=f"{len(absent)} tensors are not in the file: {', '.join(map(str, absent[:3]))}",
             expected="every tensor of the image tower",
         )  # fmt: skip
+    module = _pooled(spec, tower, image_size or spec.input_size)
+    origin = folder.name if weights is not None or not is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
+    return module, hash_state(tower), origin, ""
+
+
+def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+    """The image tower for images of this height and width, by its configuration, its weights still to be filled."""
+    files, transformers = _folder(f"hf:{spec.origin}", _FILES), _transformers()
+    with _refused(spec.name), torch.random.fork_rng(devices=[]):
+        config = transformers.AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+        tower = transformers.AutoModel.from_config(
+            getattr(config, "vision_config", config), dtype=torch.float32, **dict(_family(spec).arguments)
+        )
+    return _pooled(spec, tower, image_size)
+
+
+def _pooled(spec: Backbone, tower: Any, size: tuple[int, int]) -> ImageTower:
+    """An image tower with the pooling of a backbone, for images of a height and width."""
+    family = _family(spec)
     if family.masked:
         tower.config.mask_ratio = 0.0  # every patch, in the order that `ImageTower` sees to
     registers = getattr(tower.config, "num_register_tokens", 0)
     module = ImageTower(tower, family, Pooling.parse(spec.pooling), registers + family.class_token)
-    size = image_size or spec.input_size
     if not family.interpolates and size != (tower.config.image_size,) * 2:
         module.arguments = {"interpolate_pos_encoding": True}
     try_size(spec, module, size)
-    origin = folder.name if weights is not None or not is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
-    return module, hash_state(tower), origin, ""
+    return module
 
 
 def _transform(name: str, transformers: Any, folder: Path) -> Transform:

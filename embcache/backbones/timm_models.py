@@ -120,10 +120,7 @@ def load(
     if weights is None:
         check_digest(path, checkpoint.sha256, spec.weights)
     module, chosen = _fill(spec, checkpoint.state, path)
-    if image_size is not None and image_size != spec.input_size:
-        _resize(module, spec, image_size)
-    if spec.pooling != "timm":
-        module = TokenPooling(module, Pooling.parse(spec.pooling))
+    module = _pooled(spec, module, image_size or spec.input_size)
     return module, checkpoint.sha256, path.name + origin, chosen if weights is not None else ""
 
 
@@ -169,10 +166,14 @@ def choose_tokens(name: str, model: Any, tokens: str | None, layers: str | None)
 
 def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """Build a timm model for images of this height and width, its weights still to be filled."""
-    module: nn.Module = _create(spec.timm, dict(spec.timm_arguments))
-    if image_size != spec.input_size:
-        _resize(module, spec, image_size)
-    return module
+    return _pooled(spec, _create(spec.timm, dict(spec.timm_arguments)), image_size)
+
+
+def _pooled(spec: Backbone, module: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """A timm model with the pooling of a backbone, for images of a height and width."""
+    if size != spec.input_size:
+        _resize(module, spec, size)
+    return module if spec.pooling == "timm" else TokenPooling(module, Pooling.parse(spec.pooling))
 
 
 def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any, str]:

@@ -144,7 +144,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
     superseded = f"{answer.superseded:,}" if answer.superseded else "none"
     return [
         ("dataset", summary.dataset),
-        ("backbone", recipe.backbone),
+        ("backbone", recipe.backbone + (f" ({recipe.model})" if recipe.model else "")),
         ("network", "" if pixels else recipe.architecture),
         ("content" if recipe.foreign else "weights", "" if pixels else f"sha256 {recipe.weights_sha256}"),
         ("transform", summary.transform),
@@ -464,7 +464,7 @@ class _Verification:
         if found.removed:
             self.show(f"    {found.removed:,} rows of images that left the dataset: hidden")
         if found.changed and not store.holds_pixels:
-            self.show(f"    their features are outdated; try: {extract_command(store.recipe.backbone, dataset)}")
+            self.show(f"    their features are outdated; try: {extract_command(store.recipe.typed, dataset)}")
         return bool(found.ok)
 
     def _check_sample(self, check: StoreCheck, loader: _Loader, answer: dict[str, Any]) -> bool:

@@ -207,18 +207,19 @@ def backbones(
     There are also: random:SEED, a ResNet-50 from another seed; timm:NAME and timm:hf-hub:ORG/NAME, any model that timm
     builds, such as timm:vit_small_patch14_dinov2.lvd142m; hf:ORG/NAME and hf:FOLDER, models of transformers;
     open_clip:MODEL/PRETRAINED, open_clip:hf-hub:ORG/NAME and open_clip:FOLDER, image towers of open_clip; onnx:FILE, a
-    network in an ONNX file; package.module:function, a function that returns a Backbone.
+    network in an ONNX file; package.module:function, a function that returns a Backbone; mine=NAME, a name of
+    your own for any of these.
 
     Example: embcache backbones --search "chest x-ray"
     """
     named = split_list(names)
-    chosen = [_describe(name, home) for name in named]
+    found = {name: _describe(name, home) for name in named}
     if not named:
-        found = dict(registry.each(known_backbone))
-        chosen = [found[name] for name in dict.fromkeys([*BACKBONES, *found])]
+        known = dict(registry.each(known_backbone))
+        found = {name: known[name] for name in dict.fromkeys([*BACKBONES, *known])}
     words = (search or "").lower().split()
-    chosen = [spec for spec in chosen if all(word in _searched(spec) for word in words)]
-    statuses = {spec.name: weights_status(spec.name, home) for spec in chosen}
+    found = {name: spec for name, spec in found.items() if all(word in _searched(spec) for word in words)}
+    chosen, statuses = list(found.values()), {spec.name: weights_status(name, home) for name, spec in found.items()}
     if not chosen:
         return Answer([], lambda: echo(f"no backbone has all of these words: {' '.join(words)}\n"
                                          "try: embcache backbones, which lists all"), failed=True)  # fmt: skip

@@ -24,7 +24,7 @@ from embcache.commands.output import ProgressBar, echo, json_text, print_table
 from embcache.commands.scores import in_metrics, print_results
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
 from embcache.errors import UsageError
-from embcache.fields import check_subsets, parse_weights, split_list
+from embcache.fields import bare_name, check_subsets, parse_weights, split_list
 from embcache.log import log
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def probe(
     """Train heads on cached features and test them: five folds, early stopping, means and intervals.
 
     Without --dataset every dataset with cached features is probed. Heads that take one backbone give one result for
-    each (default: all that are cached); dvme fuses the set (default: simclr,swav,dino). Images are not needed.
+    each (default: all that are cached); dvme fuses the set (default: simclr,swav,dino where they are cached, else all
+    that are). Images are not needed.
 
     Example: embcache probe --head linear --subset S,M,F --dataset pneumonia
     """
@@ -137,7 +138,7 @@ def finetune(
         try:
             for found, source in loaded:
                 for name, used in sets:
-                    own = tuple(f"{each}={file}" for each, file in weights.items() if each in used)
+                    own = tuple(f"{each}={file}" for each, file in weights.items() if each in map(bare_name, used))
                     options = replace(config, head=name, weights=own)
                     for size in subset or ["S"]:
                         results.append(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 import signal
 import sys
 import threading
@@ -16,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
@@ -36,6 +39,7 @@ from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
 from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
+from embcache.fields import bare_name
 from embcache.log import log, shown
 from embcache.paths import PathLike, slug
 from embcache.store.commit import place_store, write_snapshot
@@ -172,10 +176,12 @@ def open_networks(
     home: PathLike | None = None,
 ) -> list[FrozenNetwork]:
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
-    names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
-    refuse_foreign([name for name in backbones if isinstance(name, str)], dataset, home)
+    names = [bare_name(backbone) if isinstance(backbone, str) else backbone.name for backbone in backbones]
+    if repeated := [b for b in backbones if isinstance(b, str) and bare_name(b) != b and names.count(bare_name(b)) > 1]:
+        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(repeated))
+    refuse_foreign(names, dataset, home)
     weights = weights_by_name(names, config.weights)
-    found = [find_backbone(b, folder=weights.get(name), home=home) for b, name in zip(backbones, names, strict=True)]
+    found = [_find(each, weights.get(name), files.folder, home) for each, name in zip(backbones, names, strict=True)]
     specs = [repool(spec, config.tokens, config.layers) for spec in found]
     device, networks = split_devices(config.device)[0], []
     for given, name, spec in zip(backbones, names, specs, strict=True):
@@ -184,12 +190,64 @@ def open_networks(
         what = spec if spec.module is not None or spec.library else given  # a module is built once
         loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)
         views = (config.views, dataset.augment, config.feature_dtype)
+        if spec.module is not None:  # before it is rewritten, and after
+            loaded.module.to("cpu")
+            _check_output(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
         networks.append(freeze(loaded, transform, device, config.precision, *views))
+        _check_own_name(make_recipe(networks[-1]), files.folder)
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
         if loaded.inferred:
             log.info(f"{spec.name}: {loaded.inferred}")
     return networks
+
+
+def _find(given: str | Backbone, weights: Path | None, folder: Path, home: PathLike | None) -> Backbone:
+    """The backbone of a name; for one of the user's own, that only stores know, a message that says what to type."""
+    try:
+        return find_backbone(given, folder=weights, home=home)
+    except UsageError as unknown:
+        for path in sorted(folder.glob(f"{slug(str(given))}-*")) if unknown.code == "unknown-backbone" else ():
+            recipe = FeatureStore(path).recipe
+            if recipe.backbone == given and recipe.model:
+                raise UsageError(
+                    f"{given} is a name of your own: say what it stands for", code="own-name-alone",
+                    expected=recipe.typed, found=str(given), where=path, fix=f"--backbone {shlex.quote(recipe.typed)}",
+                ) from unknown  # fmt: skip
+        raise
+
+
+def _check_own_name(recipe: Recipe, folder: Path) -> None:
+    """Refuse a name of the user's own that another model has in this dataset already."""
+    for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")) if recipe.model else ():
+        other = FeatureStore(path).recipe
+        if other.backbone != recipe.backbone or other.model == recipe.model:
+            continue
+        if (other.architecture, other.weights_sha256) != (recipe.architecture, recipe.weights_sha256):
+            raise UsageError(
+                f"the name {recipe.backbone} is taken by another model of this dataset", code="own-name-taken",
+                expected=other.typed, found=recipe.typed, where=path,
+                fix=(f"--backbone {recipe.backbone}2={recipe.model}", f"free the name: rm -r {shlex.quote(str(path))}"),
+            )  # fmt: skip
+
+
+def _check_output(network: FrozenNetwork) -> None:
+    """Refuse a network of others whose features are not of the length it states, before any image is read."""
+    spec = network.backbone.spec
+    if spec.module is None:
+        return
+    size, fix = network.transform.size, "state its output as dim=…, and return one vector per image"
+    try:
+        made: object = network.features(np.zeros((1, *size, 3), np.uint8)).shape
+    except Exception as error:  # whatever code of the user raises
+        made = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+        fix = f"let it take float32 images, (B, 3, {size[0]}, {size[1]}), and return one tensor; module.float() helps"
+    if made != (1, *spec.row_shape):
+        raise UsageError(
+            f"{spec.name} does not make the features that it states", code="backbone-output",
+            expected=f"{(1, *spec.row_shape)} of one image", found=str(made),
+            fix=fix,
+        )  # fmt: skip
 
 
 def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig) -> OwedStore:
@@ -204,6 +262,11 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
     canaries = cache(partial(canary_features, network))
     path = place_store(files.folder, header, config.format, canaries)
     store = FeatureStore(path)
+    if store.recipe.backbone != recipe.backbone:
+        log.info(
+            f"{recipe.backbone} has the same weights as {store.recipe.backbone}, and these features are used: "
+            f"embcache probe --backbone {store.recipe.backbone}"
+        )
     if config.rows_per_shard not in (None, store.rows_per_shard):
         log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
     if not store.committed():
@@ -302,7 +365,7 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     return Recipe(
         backbone=spec.name, architecture=spec.network, weights_sha256=network.backbone.weights_sha256,
         transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=network.precision,
-        dtype=network.dtype, numerics=NUMERICS,
+        dtype=network.dtype, numerics=NUMERICS, model=spec.model,
     )  # fmt: skip
 
 
@@ -317,15 +380,22 @@ def recipe_network(
     imports: bool = False,
 ) -> FrozenNetwork:
     """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
-    transform = recipe_transform(recipe)
-    folder = None if weights is None else Path(weights)
-    spec = find_backbone(recipe.backbone, imports=imports, folder=folder, home=home)
-    if spec.library and recipe.pooling != spec.pooling:
-        pooling = Pooling.parse(recipe.pooling)
-        spec = repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
-    what = spec.at(transform.size) if spec.library else recipe.backbone
+    transform, spec = recipe_transform(recipe), recipe_backbone(recipe, weights, imports, home)
+    what = spec.at(transform.size) if spec.library else recipe.typed
     loaded = load_backbone(what, weights=weights, home=home, image_size=transform.size, imports=imports)
     return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
+
+
+def recipe_backbone(
+    recipe: Recipe, weights: PathLike | None = None, imports: bool = False, home: PathLike | None = None
+) -> Backbone:
+    """The backbone that a recipe names, pooled as it says; ``weights`` may be the folder of its files."""
+    folder = None if weights is None else Path(weights)
+    spec = find_backbone(recipe.typed, imports=imports, folder=folder, home=home)
+    if not spec.library or recipe.pooling == spec.pooling:
+        return spec
+    pooling = Pooling.parse(recipe.pooling)
+    return repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
 
 
 def recipe_transform(recipe: Recipe) -> Transform:
@@ -352,7 +422,8 @@ def help_another() -> None:
     dataset = ImageDataset.from_parquet_bytes(sys.stdin.buffer.read(order["bytes"]))
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not the buffered reader, whose lock the thread would still hold when the work is done and Python ends.
+        os.read(sys.stdin.fileno(), 1)
         stop.request()
 
     threading.Thread(target=watch, daemon=True).start()

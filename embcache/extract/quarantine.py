@@ -79,7 +79,7 @@ class Quarantine:
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
         if len(bad) > _SHOWN:
             lines.append(f"… and {len(bad) - _SHOWN:,} more")
-        command = extract_command(store.recipe.backbone, self._dataset, self._home)
+        command = extract_command(store.recipe.typed, self._dataset, self._home)
         return DatasetError(
             f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} ({new:,} of them in the current "
             "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,

@@ -25,7 +25,7 @@ from embcache.errors import UsageError, check_number
 from embcache.extract.extract import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
-from embcache.fields import parse_weights
+from embcache.fields import bare_name, parse_weights
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
 from embcache.probe.heads import find_head, identify, name_of
@@ -51,6 +51,7 @@ class Networks:
 
     dataset: ImageDataset
     config: FinetuneConfig
+    given: tuple[str, ...]  # the backbones as they were typed
     specs: tuple[Backbone, ...]
     head: TrainedHead
     metric: Metric  # scores, and chooses epochs on validation
@@ -100,7 +101,7 @@ class FinetunePlan:
     def resume_command(self, home: PathLike | None) -> str:
         """The command that continues this run where it is interrupted."""
         dataset, config = self.networks.dataset, self.networks.config
-        words = ["embcache", "finetune", "--backbone", ",".join(self.networks.names), "--dataset", dataset.layout]
+        words = ["embcache", "finetune", "--backbone", ",".join(self.networks.given), "--dataset", dataset.layout]
         words += ["--data-root", str(dataset.origin)] if dataset.origin is not None else []
         words += ["--name", dataset.name] if dataset.name != dataset.layout else []
         words += ["--allow-missing"] if dataset.missing else []
@@ -119,7 +120,8 @@ def load_networks(
     allow_download: bool = True,
 ) -> Networks:
     """Check a request before anything is decoded, and load its networks."""
-    specs = tuple(find_backbone(name, home=home) for name in backbones)
+    weights = parse_weights(config.weights, backbones)
+    specs = tuple(find_backbone(name, folder=weights.get(bare_name(name)), home=home) for name in backbones)
     head = check_head(find_head(config.head), [spec.name for spec in specs])
     if fixed := [spec.name for spec in specs if spec.fixed]:
         raise UsageError(
@@ -132,12 +134,10 @@ def load_networks(
     files = scan_dataset(dataset, home, pool, decoding)
     transforms = choose_transforms(specs, config.transform, files.sizes)
     geometry = transforms[specs[0].name]  # the same for all
-    weights = parse_weights(config.weights, backbones)
     modules, recipes = {}, {}
     for name, spec in zip(backbones, specs, strict=True):
-        loaded = load_backbone(
-            name, weights=weights.get(name), home=home, image_size=geometry.size, allow_download=allow_download
-        )
+        what, file = spec if spec.module is not None or spec.library else name, weights.get(bare_name(name))
+        loaded = load_backbone(what, weights=file, home=home, image_size=geometry.size, allow_download=allow_download)
         modules[spec.name] = loaded.module
         recipes[spec.name] = make_recipe(FrozenNetwork(loaded, transforms[spec.name], device, config.precision))
     if -(-schedule.batch_size // config.accumulate) < 2 and any(map(has_batch_norm, modules.values())):
@@ -150,7 +150,7 @@ def load_networks(
     metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
     check_order(metric, dataset.class_names)
     return Networks(
-        dataset=dataset, config=config, specs=specs, head=head,
+        dataset=dataset, config=config, given=tuple(backbones), specs=specs, head=head,
         metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
         transforms=transforms, augment=augmentation(dataset.augment, frame(geometry).size, geometry.size),
         modules=modules, recipes=recipes, device=device,
@@ -212,7 +212,7 @@ def gentle(backbones: Sequence[str]) -> bool:
 
 def choose_schedule(specs: Sequence[Backbone], config: FinetuneConfig) -> Schedule:
     """The protocol's optimization, gentler where DINO is among the backbones, with the options given."""
-    given: dict[str, Any] = dict(GENTLE) if gentle([spec.name for spec in specs]) else {}
+    given: dict[str, Any] = dict(GENTLE) if gentle([spec.model or spec.name for spec in specs]) else {}
     own = {"lr": config.lr, "batch_size": config.batch_size}
     given |= {key: value for key, value in own.items() if value is not None}
     schedule = Schedule(**given, max_epochs=config.max_epochs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from embcache.backbones.catalog import Backbone, find_backbone, library_of
+from embcache.backbones.catalog import Backbone, library_of
 from embcache.backbones.networks import build_network
 from embcache.backbones.transforms import Transform, normalize
-from embcache.errors import StoreError, UsageError, WeightsError
+from embcache.errors import RecipeError, StoreError, UsageError, WeightsError
+from embcache.extract.extract import recipe_backbone
 from embcache.extract.worker import arithmetic, pick_device
 from embcache.paths import PathLike
 from embcache.probe.heads import check_backbones, find_head, heads, make_head
@@ -23,6 +25,7 @@ from embcache.probe.layers import Tensors
 from embcache.probe.metrics import softmax
 from embcache.probe.stack import Head, TrainedHead
 from embcache.runs.folders import Result, find_run_anywhere, run_file
+from embcache.store.schema import Recipe
 
 State = dict[str, Tensor]
 
@@ -111,6 +114,8 @@ def assemble(
 
 def empty_backbone(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """A backbone's network for images of this height and width, its weights still to be filled."""
+    if spec.module is not None:
+        return copy.deepcopy(spec.module)
     return library_of(spec).build(spec, image_size) if spec.library else build_network(spec.network)
 
 
@@ -134,7 +139,13 @@ class FinetunedModel:
 
 
 def load_finetuned(
-    run: str, fold: int = 0, *, device: str = "cpu", home: PathLike | None = None, trust: Sequence[str] = ()
+    run: str,
+    fold: int = 0,
+    *,
+    device: str = "cpu",
+    home: PathLike | None = None,
+    trust: Sequence[str] = (),
+    weights: Mapping[str, PathLike] | None = None,
 ) -> FinetunedModel:
     """The saved model of a fold of a finetuned run; neither images nor the weights that training began with are read.
 
@@ -150,6 +161,8 @@ def load_finetuned(
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
     trust : sequence of str
         Each ``module:name`` of the run, a head or a backbone, that may be imported.
+    weights : mapping of str to path, optional
+        Folders of models by the names of backbones, such as ``hf:net``: only their configurations are read.
 
     Returns
     -------
@@ -164,10 +177,13 @@ def load_finetuned(
         There is no such run; the fold has no model, or its file is damaged; it does not fit the network.
     """
     result, folder = find_run_anywhere(run, home)
-    return load_fold(folder, result, fold, device, trust)
+    return load_fold(folder, result, fold, device, trust, weights, home)
 
 
-def load_fold(run: Path, result: Result, fold: int, device: str = "cpu", trust: Sequence[str] = ()) -> FinetunedModel:
+def load_fold(
+    run: Path, result: Result, fold: int, device: str = "cpu", trust: Sequence[str] = (),
+    weights: Mapping[str, PathLike] | None = None, home: PathLike | None = None,
+) -> FinetunedModel:  # fmt: skip
     """The same, where the result and its folder are known."""
     if result.kind != "finetune" or not 0 <= fold < len(result.folds):
         raise UsageError(
@@ -185,20 +201,34 @@ def load_fold(run: Path, result: Result, fold: int, device: str = "cpu", trust: 
             fix="repeat its `embcache finetune …` with --again and without --no-models",
         )  # fmt: skip
     tensors = load_file(run_file(run, model_file(fold)))
-    specs = [find_backbone(name, imports=name in trust) for name in result.backbones]
-    chosen = {spec.name: Transform.from_dict(result.recipes[spec.name]["transform"]) for spec in specs}
+    recipes = {name: Recipe.from_json(result.recipes[name]) for name in result.backbones}
+    chosen = {name: Transform.from_dict(recipe.transform) for name, recipe in recipes.items()}
     transform = next(iter(chosen.values()))
-    networks = {spec.name: empty_backbone(spec, transform.size) for spec in specs}
+    networks = {}
+    for name, recipe in recipes.items():
+        trusted = (recipe.model or name) in trust
+        spec = recipe_backbone(recipe, (weights or {}).get(name), trusted, home)
+        networks[name] = _network_of(recipe, spec, transform)
     options = dict(result.request["head"])
     name = options.pop("name")
     head = check_head(find_head(name, options) if name in trust else make_head(name, **options), result.backbones)
     params = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-    precision = result.recipes[result.backbones[0]]["precision"]
+    precision = recipes[result.backbones[0]].precision
     model = assemble(networks, chosen, head, params, pick_device(device), precision)
     fix = "pip install the versions that `embcache results --json` says"
     model.load(tensors, where=run / model_file(fold), fix=fix)
     model.train(False)
     return FinetunedModel(model, transform, tuple(result.class_names))
+
+
+def _network_of(recipe: Recipe, spec: Backbone, transform: Transform) -> nn.Module:
+    if spec.network != recipe.architecture:
+        raise RecipeError(
+            f"{recipe.backbone} is not the network that was finetuned", code="recipe-differs",
+            expected=recipe.architecture, found=spec.network, where=spec.origin,
+            fix=f"--weights {recipe.backbone}=FOLDER with the model that training began with",
+        )  # fmt: skip
+    return empty_backbone(spec, transform.size)
 
 
 def model_file(fold: int) -> str:

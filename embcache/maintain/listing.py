@@ -18,6 +18,7 @@ from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError, StoreError
+from embcache.fields import bare_name
 from embcache.io import bytes_under, skip
 from embcache.paths import PathLike, slug
 from embcache.runs.folders import PARTIAL, run_folders
@@ -320,7 +321,7 @@ def _one(
     added = tuple(image for image in owed if image not in held)
     changed = tuple(image for image in owed if image in held and image in known)
     return DryRun(
-        backbone=name,
+        backbone=bare_name(name),
         fingerprint=recipe.fingerprint,
         recipe=recipe.to_json(),
         cached=(*sorted(cached, key=lambda each: len(each.differs)), *unreadable),

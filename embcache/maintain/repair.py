@@ -81,7 +81,8 @@ def make_again(path: Path, dataset: ImageDataset, how: Rebuild) -> Maker:
         return lambda sources, *more: pixel_rows(root, sources, framing, *more)
     network = recipe_network(
         recipe, home=how.home, weights=how.weights.get(recipe.backbone), device=how.device,
-        views=int(recipe.transform.get("views", 1)), augment=dataset.augment, imports=recipe.backbone in how.trust,
+        views=int(recipe.transform.get("views", 1)), augment=dataset.augment,
+        imports=(recipe.model or recipe.backbone) in how.trust,
     )  # fmt: skip
     _refuse_another(recipe, make_recipe(network), dataset)
     check_canaries(path, network)
@@ -95,7 +96,7 @@ def _refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
     if now == recipe:
         return
     differs = recipe.differences(now)
-    what, fix = f"features of {recipe.backbone}", f"a new extraction: {extract_command(recipe.backbone, dataset)}"
+    what, fix = f"features of {recipe.backbone}", f"a new extraction: {extract_command(recipe.typed, dataset)}"
     if recipe.backbone == PIXELS:
         what, fix = "pixels", "the command that needs the pixels keeps new ones"
     elif "weights_sha256" in differs:

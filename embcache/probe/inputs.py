@@ -50,12 +50,17 @@ def cached_datasets(home: PathLike | None = None) -> list[str]:
     return sorted(names)
 
 
-def cached_backbones(dataset: str, home: PathLike | None = None, views: int | None = None) -> list[str]:
-    """Backbones whose vectors are cached for a dataset, sorted; of several ``views`` only those with so many."""
+def cached_backbones(
+    dataset: str, home: PathLike | None = None, views: int | None = None, *, plain: bool = False
+) -> list[str]:
+    """Backbones whose vectors are cached for a dataset, sorted; of several ``views`` only those with so many.
+
+    ``plain`` leaves those out that are cached with several views alone, where ``views`` are not wanted.
+    """
     return sorted({
         store.recipe.backbone
         for store in list_stores(home, dataset)
-        if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2))
+        if (store.row_shape[:-1] == (views,) if views and views > 1 else len(store.row_shape) in (1, 2 - plain))
         and not store.holds_patches
     })  # fmt: skip
 
@@ -90,7 +95,7 @@ def open_stores(
             raise UsageError(
                 f"the store of {backbone} does not hold vectors", code="not-vectors",
                 found=f"rows of shape {store.row_shape}", where=store.path,
-                fix=f"embcache extract --backbone {backbone} --tokens mean …, one vector per image",
+                fix=f"embcache extract --backbone {store.recipe.typed} --tokens mean …, one vector per image",
             )  # fmt: skip
     return stores
 

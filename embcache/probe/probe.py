@@ -219,7 +219,8 @@ def probe_cached(
     """Probe datasets by name: what ``embcache probe`` does.
 
     ``datasets``: by default all that have the backbones cached. A head that takes one of ``backbones`` gives a result
-    for each (default: all that are cached); one that fuses takes them together (default: simclr, swav, dino).
+    for each (default: all that are cached); one that fuses takes them together (default: simclr, swav, dino where these
+    are cached, else all that are, but for those with several views of each image).
     """
     head = find_head(config.head, config.hyperparameters)
     names = list(datasets) or _datasets_with(head, backbones, home, config.views)
@@ -237,15 +238,18 @@ def probe_cached(
 
 
 def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike | None, views: int) -> list[list[str]]:
-    cached = [] if backbones else cached_backbones(ds.name, home, views)
-    if head.fuses:
-        if len(cached) > 1 and not set(PAPER_SET) <= set(cached):
-            raise StoreNotFoundError(
-                f"the set that {head.name} fuses by default is not cached for {ds.name}", code="store-not-found",
-                expected=", ".join(PAPER_SET), found=", ".join(cached),
-                fix=f"--backbone {','.join(cached)}, or {extract_command(','.join(PAPER_SET), ds, home)}",
-            )  # fmt: skip
-        return [list(backbones or PAPER_SET)]
+    cached = [] if backbones else _cached(head, ds.name, home, views)
+    if head.fuses and backbones:
+        return [list(backbones)]
+    if head.fuses and len(cached) > 1:
+        log.info(f"{ds.name}: {head.name} fuses {', '.join(cached)}, which are cached")
+        return [cached]
+    if head.fuses and cached:
+        raise StoreNotFoundError(
+            f"{head.name} fuses backbones, and one is cached for {ds.name}", code="store-not-found",
+            expected="two or more", found=cached[0], where=home_dir(home) / slug(ds.name),
+            fix=(extract_command("NAME", ds, home), f"--backbone {cached[0]}, or --head linear"),
+        )  # fmt: skip
     if not (backbones or cached):
         raise StoreNotFoundError(
             f"no features are cached for {ds.name}" + (f" with {views} views of each image" if views > 1 else ""),
@@ -255,6 +259,14 @@ def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike
     return [[name] for name in backbones or cached]
 
 
+def _cached(head: Head, dataset: str, home: PathLike | None, views: int) -> list[str]:
+    """What a head takes of a dataset where no backbones are named."""
+    if not head.fuses:
+        return cached_backbones(dataset, home, views)
+    cached = cached_backbones(dataset, home, views, plain=True)
+    return list(PAPER_SET) if set(PAPER_SET) <= set(cached) else cached
+
+
 def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, views: int) -> list[str]:
     names = cached_datasets(home)
     if not names:
@@ -262,20 +274,27 @@ def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, 
             "nothing is cached", code="store-not-found", where=home_dir(home),
             fix="embcache extract --backbone NAME --dataset NAME, or embcache demo",
         )  # fmt: skip
-    wanted = set(backbones or (PAPER_SET if head.fuses else ()))
-    cached = {name: cached_backbones(name, home, views) for name in names}
+    wanted, least = set(backbones), 2 if head.fuses and not backbones else 1
+    cached = {
+        name: cached_backbones(name, home, views) if backbones else _cached(head, name, home, views) for name in names
+    }
     lacking = {name: sorted(wanted - set(cached[name])) for name in names}
-    chosen = [name for name in names if not lacking[name] and cached[name]]
+    chosen = [name for name in names if not lacking[name] and len(cached[name]) >= least]
     if not chosen:
         several = f" --views {views}" if views > 1 else ""
         command = f"embcache extract --backbone {','.join(sorted(wanted)) or 'NAME'} --dataset NAME{several}"
         raise StoreNotFoundError(
-            f"no dataset has all of these backbones cached{several}", code="store-not-found",
-            expected=", ".join(sorted(wanted)) or "any backbone", where=home_dir(home),
+            f"no dataset has {'two' if least > 1 else 'all of these'} backbones cached{several}",
+            code="store-not-found",
+            expected=", ".join(sorted(wanted)) or ("two or more to fuse" if least > 1 else "any backbone"),
+            where=home_dir(home),
             found="; ".join(f"{name}: {', '.join(cached[name]) or 'none'}" for name in names),
             fix=f"{command}, or other --backbone names",
         )  # fmt: skip
     for name in names:
         if name not in chosen:
-            log.info(f"{name} left out: {', '.join(lacking[name]) or 'no features'} not cached")
+            few = "fewer than two backbones" if least > 1 else "no features"
+            log.info(
+                f"{name} left out: " + (f"{', '.join(lacking[name])} not cached" if lacking[name] else f"{few} cached")
+            )
     return chosen

@@ -78,7 +78,7 @@ def find_results(
 
 def refuse_untrusted(result: Result, trusted: Sequence[str] = ()) -> None:
     """Refuse a `module:name` that only a run's file names: importing it would run whatever code it means here."""
-    foreign = [name for name in result.backbones if ":" in name and name.partition(":")[0] not in _PREFIXES]
+    foreign = [name for name in result.models if ":" in name and name.partition(":")[0] not in _PREFIXES]
     head = str(result.request["head"]["name"])
     if unknown := [name for name in (*foreign, *[head] * (":" in head)) if name not in trusted]:
         raise UsageError(
@@ -102,7 +102,7 @@ def request_flags(result: Result) -> list[str]:
     words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
     rates, schedule = rates_of(request), request.get("schedule") or {}
     if result.kind == "finetune":
-        schedule, usual = usual | schedule, usual | (GENTLE if gentle(result.backbones) else {})
+        schedule, usual = usual | schedule, usual | (GENTLE if gentle(result.models) else {})
         rates = [schedule["lr"]]
     if rates not in ([], [usual["lr"]]):
         words += ["--lr", ",".join(f"{rate:g}" for rate in rates)]

@@ -171,7 +171,7 @@ def _reasons_to_withhold(result: Result) -> Iterator[str]:
     yield from (reason for reason, applies in apart.items() if applies)
     usual, tuned = asdict(Schedule()), request.get("kind") == "finetune"
     trained = (usual if tuned else {}) | (request.get("schedule") or {}) | ({"lr": rates[0]} if rates else {})
-    usual |= GENTLE if tuned and gentle(result.backbones) else {}
+    usual |= GENTLE if tuned and gentle(result.models) else {}
     for name, value in trained.items():
         if value != usual.get(name):
             yield f"trained with {name.replace('_', ' ')} {value:g}, the paper with {usual.get(name):g}"

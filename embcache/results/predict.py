@@ -348,13 +348,14 @@ def _load_model(
             fix="probe a backbone of `embcache backbones` and predict with that run",
         )  # fmt: skip
     if result.kind == "finetune":
-        if config.weights:
+        if config.weights and not any(recipe.of_files for recipe in recipes.values()):
             raise UsageError("a finetuned run has its own weights", code="unused-option",
                              found=f"--weights {config.weights[0]}", fix="leave --weights out")  # fmt: skip
         for recipe in recipes.values():  # the model was saved whole, so that only the decoder can differ
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         device = pick_device(config.device)
-        models = [load_fold(folder, result, fold, str(device), config.trust) for fold in folds]
+        weights = _weights_by_name(list(recipes), config.weights)
+        models = [load_fold(folder, result, fold, str(device), config.trust, weights, home) for fold in folds]
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)
     networks = {
@@ -403,7 +404,7 @@ def _rebuild(
     result: Result, recipe: Recipe, weights: Path | None, home: PathLike | None, config: PredictConfig
 ) -> FrozenNetwork:
     """The network of a recipe, ready to embed; `RecipeError` where it would not embed as the recipe says."""
-    trusted = recipe.backbone in config.trust
+    trusted = (recipe.model or recipe.backbone) in config.trust
     network = recipe_network(recipe, home=home, weights=weights, device=config.device, imports=trusted)
     made = make_recipe(network)
     # Parameters that only cached views have (how many, how augmented) do not concern the plain view predicted from.

@@ -39,6 +39,7 @@ class _ByGroup(_Scores, total=False):
 
 class _Recipe(TypedDict, total=False):
     transform: Mapping[str, Any]
+    model: str
 
 
 class _Head(TypedDict):
@@ -192,6 +193,11 @@ class Result:
     def left_out(self) -> tuple[str, ...]:
         """The notes that say how many images could not be read: every table of scores repeats them."""
         return tuple(note for note in self.notes if " unreadable images " in note)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The backbones, those with a name of the user's own as what it stands for."""
+        return tuple(self.recipes.get(name, {}).get("model") or name for name in self.backbones)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from embcache.cores import usable_cores
 from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printable
+from embcache.fields import bare_name
 from embcache.io import home_folders, not_readable, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
@@ -439,12 +440,17 @@ def open_store(
         cached = [f"{s.recipe.fingerprint[:12]}" + (f" ({s.views} views)" if s.views > 1 else "") for s in stores]
         found = "recipes " + ", ".join(cached) if cached else ", ".join(path.name for path in folders)
         more = f" --views {views}" if views and views > 1 else ""
+        fix = extract_command(backbone, dataset, home) + more
+        if stores and views is None:
+            fix = f"--recipe {stores[0].recipe.fingerprint[:12]}"
+        else:  # as extraction takes it: mine=MODEL, hf:FOLDER, hf:ORG/NAME@REVISION
+            prefix, _, rest = backbone.partition(":")
+            bare = {bare_name(backbone), backbone.partition("@")[0], f"{prefix}:{Path(rest).name}"} - {backbone}
+            fix = next((f"--backbone {each}" for each in sorted(bare) if any(_named(p, each) for p in folders)), fix)
         raise StoreNotFoundError(
             f"no features of {backbone}{wanted} are cached for {name}", code="store-not-found",
             found=found or "nothing cached for this dataset", where=home_dir(home) / slug(name),
-            fix=f"--recipe {stores[0].recipe.fingerprint[:12]}"
-            if stores and views is None
-            else extract_command(backbone, dataset, home) + more,
+            fix=fix,
         )  # fmt: skip
     if len(matching) > 1:
         raise _several_match(backbone, dataset, matching)
@@ -503,7 +509,7 @@ def fill_command(store: FeatureStore, dataset: str | NamedTable, home: PathLike 
     """The command that adds what a store lacks."""
     if store.recipe.foreign:
         return import_command(store, dataset, home)
-    return extract_command(store.recipe.backbone, dataset, home)
+    return extract_command(store.recipe.typed, dataset, home)
 
 
 def _command(words: list[str], dataset: str | NamedTable, home: PathLike | None) -> str:

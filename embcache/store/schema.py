@@ -41,7 +41,7 @@ class Recipe:
     Parameters
     ----------
     backbone, architecture, weights_sha256 : str
-        Name as the user types it; the network, named so that its definition can be found again; digest of its weights.
+        Name of the features; the network, named so that its definition can be found again; digest of its weights.
     transform : mapping of str to JSON
         Every parameter of the transform. Tuples become lists.
     decoder, pooling : str
@@ -52,6 +52,8 @@ class Recipe:
         numpy name of the stored features' dtype.
     numerics : int
         Raised when the arithmetic of a forward pass changes.
+    model : str
+        What a name of the user's own stands for, such as ``timm:resnet18``. It is not part of the fingerprint.
 
     Raises
     ------
@@ -68,6 +70,7 @@ class Recipe:
     precision: str
     dtype: str
     numerics: int
+    model: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -95,13 +98,14 @@ class Recipe:
         Networks whose names say where they lie (a folder, a repository, a mirror) count by their digests alone.
         """
         data = self.to_json()
+        data.pop("model", None)
         if self.nameless:
             del data["backbone"]
         return hashlib.sha256(canonical_json(data).encode("utf-8")).hexdigest()
 
     @property
-    def nameless(self) -> bool:
-        """Whether the backbone's name is not part of the fingerprint."""
+    def of_files(self) -> bool:
+        """Whether files describe the network, which may lie anywhere."""
         return self.architecture.startswith(("transformers ", "open_clip ", "onnx "))
 
     @property
@@ -109,15 +113,25 @@ class Recipe:
         """Whether the features were made elsewhere: nothing here can compute them."""
         return self.architecture == FOREIGN
 
+    @property
+    def nameless(self) -> bool:
+        """Whether the backbone's name is not part of the fingerprint: it says where such files lie."""
+        return self.of_files and not self.model
+
+    @property
+    def typed(self) -> str:
+        """What to type where the network is loaded: the name, or ``mine=timm:resnet18``."""
+        return f"{self.backbone}={self.model}" if self.model else self.backbone
+
     def to_json(self) -> dict[str, Any]:
-        """Every field by its name."""
-        return asdict(self)
+        """Every field by its name; ``model`` only where the name is of the user's own."""
+        return {name: value for name, value in asdict(self).items() if value or name != "model"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of :meth:`to_json`; `RecipeError` if a field is missing, unknown or of another type."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != names:
+        names = {field.name for field in fields(cls)} - {"model"}
+        if not isinstance(data, Mapping) or set(data) - {"model"} != names:
             others = ", ".join(sorted(names ^ set(map(str, data if isinstance(data, Mapping) else ()))))
             raise RecipeError(
                 "a recipe does not have the fields of this version of embcache", code="recipe-fields",
@@ -132,6 +146,8 @@ class Recipe:
         Parameters of the transform are compared one by one, as ``transform.NAME``.
         """
         mine, theirs = self.flat(), other.flat()
+        for data in (mine, theirs):
+            data.pop("model", None)
         if self.nameless and other.nameless:
             del mine["backbone"], theirs["backbone"]
         return {

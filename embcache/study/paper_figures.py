@@ -18,6 +18,7 @@ from embcache.backbones.catalog import find_backbone
 from embcache.config import DatasetRef, StudyConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import EmbcacheError, UsageError
+from embcache.fields import bare_name
 from embcache.figures.attention import mass_table, mean_attention
 from embcache.figures.maps import NEIGHBORS, decimals, embed_map, neighbor_accuracy
 from embcache.figures.plots import Map, plot_attention, plot_maps
@@ -206,12 +207,12 @@ def _count_images(ds: ImageDataset, config: StudyConfig) -> tuple[dict[str, int]
 
 def table_g1(backbones: Sequence[str]) -> Table:
     """Trainable parameters of a linear probe, of finetuning and of DVME, exactly, beside the paper's rounded ones."""
-    cases: list[tuple[str, tuple[str, ...], str]] = [(name, (name,), "linear") for name in backbones]
-    cases += [(f"DVME over {', '.join(backbones)}", tuple(backbones), "dvme")] * (len(backbones) > 1)
+    cases: list[tuple[str, tuple[str, ...], str]] = [(bare_name(name), (name,), "linear") for name in backbones]
+    cases += [(f"DVME over {', '.join(map(bare_name, backbones))}", tuple(backbones), "dvme")] * (len(backbones) > 1)
     usual = ("ResNet50", ("supervised",), "linear"), ("ViT", ("dino",), "linear"), ("DVME", PAPER_SET, "dvme")
     marks, rows, records = Marks(), [], []
     for label, names, head in cases or usual:
-        specs = {name: find_backbone(name) for name in names}
+        specs = {bare_name(name): find_backbone(name) for name in names}
         own = make_head(head).count_parameters({name: spec.dim for name, spec in specs.items()}, _CLASSES)
         whole = own + sum(spec.parameters for spec in specs.values())
         for setting, count in (("probe", own), ("finetune", whole)):

@@ -31,6 +31,7 @@ from embcache.study.study_plan import (
     finetune_config,
     in_a_line,
     look,
+    named,
     plan_lines,
     plan_table,
     probe_config,
@@ -76,14 +77,14 @@ def run_study(
         in_file, of_dataset = read_study(path)
         config = StudyConfig.make(None, in_file | _set(config, given))
         ref = DatasetRef.make(None, of_dataset | _set(ref, given))
-        grid = own_grid(path, config)
+        grid = own_grid(path, named(config))
     else:
         name = find_name(str(name))
-        own = [key for key in _set(config, ()) if key in ("title", "seeds", "kind", "metric", "positive", "splits")]
-        if own:
+        apart = [key for key in _set(config, ()) if key in ("title", "seeds", "kind", "metric", "positive", "splits")]
+        if apart:
             raise UsageError(
-                f"{name} is a table of the paper: {own[0]} is for your own studies", code="option-of-own-studies",
-                found=own[0], fix="write it into a TOML file: embcache run FILE.toml",
+                f"{name} is a table of the paper: {apart[0]} is for your own studies", code="option-of-own-studies",
+                found=apart[0], fix="write it into a TOML file: embcache run FILE.toml",
             )  # fmt: skip
         if name not in GRIDS and config.heads:
             heads = f"--head {', '.join(config.heads)}"
@@ -96,7 +97,8 @@ def run_study(
         if name == "table1":
             table = table1(config, ref, home)
             return Study(table, empty=all(record["images"] is None for record in table.records))
-        grid = narrow(GRIDS[name], config) if name in GRIDS else narrow_figure(FIGURES[name], config)
+        own = named(config)
+        grid = narrow(GRIDS[name], own) if name in GRIDS else narrow_figure(FIGURES[name], own)
     states = look(grid, config, ref, home)
     if dry_run:
         return Study(plan_table(grid, states))
@@ -143,7 +145,7 @@ def _extract(state: DatasetState, without: dict[str, str]) -> None:
             continue
         if backbone not in without:
             try:
-                load_backbone(backbone, weights=weights.get(backbone), home=state.home)
+                load_backbone(state.typed(backbone), weights=weights.get(backbone), home=state.home)
             except EmbcacheError as error:
                 without[backbone] = f"{backbone}: {in_a_line(error)}"
                 log.warning(without[backbone])
@@ -156,7 +158,7 @@ def _extract(state: DatasetState, without: dict[str, str]) -> None:
         files = tuple(f"{name}={weights[name]}" for name in owed if name in weights)
         how = {name: vars(config)[name] for name in ("transform", "device", "workers")}
         try:
-            extract(state.live, owed, ExtractConfig(weights=files, **how), home=state.home)
+            extract(state.live, [*map(state.typed, owed)], ExtractConfig(weights=files, **how), home=state.home)
         except UsageError:
             raise
         except EmbcacheError as error:
@@ -179,7 +181,7 @@ def _train(state: DatasetState, model: Model, subsets: Sequence[str], progress: 
         if model.kind == "finetune":
             own = finetune_config(state.config, model)
             where: dict[str, Any] = {"home": state.home, "source": state.read_from, "progress": progress}
-            results = [finetune(state.ds, model.backbones, subsets[0], own, **where)]
+            results = [finetune(state.ds, [*map(state.typed, model.backbones)], subsets[0], own, **where)]
         else:
             config = probe_config(state.config, model)
             results = probe(state.ds, [model.backbones], subsets, config, home=state.home, progress=progress)

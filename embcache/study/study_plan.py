@@ -11,7 +11,7 @@ from embcache.backbones.catalog import find_backbone, weights_status
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
-from embcache.fields import parse_weights
+from embcache.fields import bare_name, parse_weights
 from embcache.finetune.finetune import find_finetuned
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
@@ -52,10 +52,17 @@ class DatasetState:
         """The dataset where its images are here."""
         return self.ds if self.ds is not None and self.ds.root is not None and self.ds.root.is_dir() else None
 
+    def typed(self, backbone: str) -> str:
+        """What to type where a backbone is loaded: its name, or ``NAME=MODEL`` as the study has it."""
+        return next(
+            (name for names in self.config.backbones for name in names if bare_name(name) == backbone), backbone
+        )
+
     def look_at_stores(self) -> None:
         """Fill in ``owed`` and ``broken`` for the backbones of the models."""
         if self.ds is None:
             return
+        weights = parse_weights(self.config.weights)
         probed = {name for model in self.models if model.kind != "finetune" for name in model.backbones}
         for backbone in dict.fromkeys(name for model in self.models for name in model.backbones):
             if backbone in self.broken:
@@ -72,7 +79,8 @@ class DatasetState:
                     self.broken[backbone] = in_a_line(error)
                     continue
             if not foreign:
-                find_backbone(backbone, home=self.home)  # an unknown name is an error before anything is done
+                # An unknown name is an error before anything is done.
+                find_backbone(self.typed(backbone), folder=weights.get(backbone), home=self.home)
             elif owed:
                 self.broken[backbone] = f"{backbone}: features of {owed:,} images are yet to be imported"
                 continue
@@ -87,7 +95,7 @@ class DatasetState:
             return f"{backbone}: the images of {self.name} are not here, only their table and what is cached"
         if backbone in parse_weights(self.config.weights):
             return ""
-        status = weights_status(backbone, self.home)
+        status = weights_status(self.typed(backbone), self.home)
         unusable = status.startswith("not usable") or (status.startswith("not here") and "downloaded" not in status)
         return f"{backbone}: weights {status}" if unusable else ""
 
@@ -152,7 +160,8 @@ class DatasetState:
         try:
             if model.kind == "finetune":
                 own = finetune_config(config, model)
-                return {s: find_finetuned(self.ds, model.backbones, s, own, home=self.home) for s in subsets}
+                typed = [*map(self.typed, model.backbones)]
+                return {s: find_finetuned(self.ds, typed, s, own, home=self.home) for s in subsets}
             plan = plan_probe(self.ds, [model.backbones], subsets, probe_config(config, model), home=self.home)
             return {s: plan.saved(cell) or cell.id for s, cell in zip(subsets, plan.cells, strict=True)}
         except EmbcacheError as error:
@@ -215,6 +224,11 @@ def probe_config(config: StudyConfig, model: Model) -> ProbeConfig:
     return ProbeConfig(**_shared(config, model, ProbeConfig) | {"device": config.device.replace("auto", "cpu")})
 
 
+def named(config: StudyConfig) -> StudyConfig:
+    """The config with the names under which features and results of its backbones are kept."""
+    return replace(config, backbones=tuple(tuple(map(bare_name, names)) for names in config.backbones))
+
+
 def finetune_config(config: StudyConfig, model: Model) -> FinetuneConfig:
     """How a model is finetuned; the models themselves are not kept, and an interrupted run continues."""
     files = parse_weights(config.weights)
@@ -275,7 +289,7 @@ def _steps(state: DatasetState) -> list[tuple[str, str, int]]:
     for backbone in dict.fromkeys(name for model in cached for name in model.backbones):
         if backbone in state.owed:
             named = backbone in parse_weights(state.config.weights)
-            absent = not named and "downloaded" in weights_status(backbone, state.home)
+            absent = not named and "downloaded" in weights_status(state.typed(backbone), state.home)
             words = backbone + " (its weights are downloaded first)" * absent
             steps.append(("extract", words, state.owed[backbone]))
     for kind in ("finetune", "probe"):

@@ -16,11 +16,16 @@ from embcache.backbones.catalog import find_backbone, load_backbone, repool
 from embcache.backbones.transforms import normalize
 from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
-from embcache.errors import UsageError, WeightsError
+from embcache.errors import RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.extract.extract import extract_features, recipe_network
+from embcache.finetune.finetune import finetune_images
+from embcache.finetune.model import empty_backbone
+from embcache.log import shown
 from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_features
-from embcache.store.feature_store import FeatureStore
+from embcache.results.predict import predict
+from embcache.runs.folders import load_predictions, runs_dir
+from embcache.store.feature_store import FeatureStore, open_store
 from tests.extract.conftest import draw
 from tests.refusal import refused
 
@@ -138,10 +143,15 @@ def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, hom
     dataset = load_dataset("folder", images)
     store = extract_features(f"hf:{tmp_path / 'net'}", dataset)
     assert isinstance(store, FeatureStore)
-    again = extract_features(f"hf:{tmp_path / 'elsewhere' / 'mirror'}", dataset)
+    with shown((said := list[str]()).append):
+        again = extract_features(f"hf:{tmp_path / 'elsewhere' / 'mirror'}", dataset)
     assert isinstance(again, FeatureStore)
+    assert said[0].startswith("hf:mirror has the same weights as hf:net, and these features are used")
     assert (again.path, again.recipe.backbone) == (store.path, "hf:net")
     assert str(tmp_path) not in (store.path / "recipe.json").read_text()
+    with refused(StoreNotFoundError, "store-not-found") as typed:
+        open_store(f"hf:{tmp_path / 'net'}", dataset)
+    assert typed.value.fix == "--backbone hf:net"
     (planned,) = dry_run([f"hf:{tmp_path / 'elsewhere' / 'mirror'}"], dataset)
     assert (planned.owed, planned.match is not None) == (0, True)
     network = recipe_network(store.recipe, weights=tmp_path / "elsewhere" / "mirror")
@@ -172,6 +182,46 @@ def test_models_are_found_in_the_weights_folder_of_a_home(
     assert network.backbone.weights_sha256 == store.recipe.weights_sha256
     with refused(WeightsError, "weights-not-found"):
         find_backbone("hf:net", home=tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_network_takes_the_tensors_of_a_loaded_one(family: str, tmp_path: Path) -> None:
+    make(family, tmp_path / family)
+    spec = find_backbone(f"hf:{tmp_path / family}")
+    size = (56, 56) if family.startswith("dinov2") else (96, 64)
+    loaded: Any = load_backbone(spec, image_size=size).module
+    empty: Any = empty_backbone(spec, size)
+    assert not all(torch.equal(a, b) for a, b in zip(loaded.parameters(), empty.parameters(), strict=True))
+    empty.load_state_dict(loaded.state_dict())
+    x = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        assert torch.equal(empty.eval()(x), loaded(x))
+
+
+def test_a_finetuned_model_predicts_without_the_weights(images: Path, home: Path, tmp_path: Path) -> None:
+    make("dinov2", tmp_path / "net")
+    make("dinov3", tmp_path / "another")
+    dataset = load_dataset("folder", images)
+    quick: dict[str, Any] = {"subset": 4, "folds": 2, "val": "matched", "max_epochs": 1, "batch_size": 8}
+    result = finetune_images(dataset, f"hf:{tmp_path / 'net'}", **quick)
+    assert (result.backbones, result.recipes["hf:net"]["pooling"]) == (("hf:net",), "cls")
+    paths = [images / path for path in dataset.table["path"]]
+    with refused(WeightsError, "weights-not-found"):
+        predict(result.id, paths)
+    (tmp_path / "net" / "model.safetensors").unlink()  # only the configuration is read
+    expected = load_predictions(runs_dir(dataset.name) / result.id)
+    got = predict(result.id, paths, weights=(f"hf:net={tmp_path / 'net'}",), folds=(0,))
+    rows = dict(zip(dataset.table["id"], got.p, strict=True))
+    table = expected[expected["fold"] == 0]
+    assert np.allclose([rows[id_] for id_ in table["id"]], table[["p_0", "p_1"]], atol=1e-6)
+    with refused(RecipeError, "recipe-differs"):
+        predict(result.id, paths, weights=(f"hf:net={tmp_path / 'another'}",))
+    own = finetune_images(dataset, f"mine=hf:{tmp_path / 'another'}", **quick)
+    assert str(tmp_path) not in (runs_dir(dataset.name) / own.id / "result.json").read_text()
+    assert np.isfinite(predict(own.id, paths, weights=(f"mine={tmp_path / 'another'}",)).p).all()
+    with refused(WeightsError, "weights-not-found") as missing:
+        predict(own.id, paths)
+    assert missing.value.fix == "--weights mine=FILE"
 
 
 def test_what_cannot_be_used_is_one_message(tmp_path: Path, home: Path, images: Path) -> None:
@@ -213,7 +263,8 @@ def test_tokens_of_timm_are_those_of_forward_features(name: str) -> None:
     from embcache.backbones.timm_models import TokenPooling
 
     torch.manual_seed(0)
-    model = timm.create_model(name.removeprefix("timm:"), num_classes=0, img_size=56, dynamic_img_size=False).eval()
+    model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0, img_size=56, dynamic_img_size=False)
+    model.eval()
     x = torch.randn(2, 3, 56, 56)
     with torch.inference_mode():
         tokens = model.forward_features(x)
@@ -221,3 +272,18 @@ def test_tokens_of_timm_are_those_of_forward_features(name: str) -> None:
         expected = torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], 1)
         torch.testing.assert_close(TokenPooling(model, Pooling("cls+mean"))(x), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(TokenPooling(model, Pooling("patches"))(x), tokens[:, prefix:])
+
+
+def test_an_empty_timm_model_pools_its_tokens_as_a_loaded_one(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    spec = repool(find_backbone("timm:test_vit"), "cls+mean", None)
+    loaded = load_backbone(spec, weights=tmp_path / "vit.safetensors", image_size=(96, 96)).module
+    empty: Any = empty_backbone(spec, (96, 96)).eval()
+    empty.load_state_dict(loaded.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(empty(x), loaded(x))
+        assert loaded(x).shape == (2, spec.dim) == (2, 128)

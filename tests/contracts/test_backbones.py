@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,3 +155,79 @@ def test_a_broken_promise_is_named() -> None:
         check_backbone(Backbone.from_module(Drifting(), name="drifting", dim=8))
     with pytest.raises(AssertionError, match="shape"):
         check_backbone(Backbone.from_module(Small(), name="wide", dim=9))
+
+
+def test_a_module_is_copied_and_frozen_in_eval_mode() -> None:
+    module = nn.Sequential(Small(), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    module(torch.randn(4, 3, 40, 40))  # moves the running statistics
+    loaded = load_backbone(Backbone.from_module(module, name="training", dim=8))
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert not any(part.training for part in loaded.module.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
+    x = torch.randn(2, 3, 40, 40)
+    with torch.inference_mode():
+        before = loaded.module(x)
+        assert torch.equal(before, module.eval()(x))
+        module.load_state_dict({name: torch.ones_like(value) for name, value in module.state_dict().items()})
+        assert torch.equal(loaded.module(x), before)
+
+
+class Wrong(Small):
+    """Returns what ``change`` makes of its features."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, images: Tensor) -> Any:
+        return self.change(super().forward(images))
+
+
+def fail(features: Tensor) -> Tensor:
+    raise ValueError("a fault in it")
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: Wrong(lambda x: {"features": x}), "'dict'"),
+        (lambda: Wrong(lambda x: (x,)), "'tuple'"),
+        (lambda: Wrong(lambda x: x[:, :, None, None]), "(1, 8, 1, 1)"),
+        (lambda: Wrong(lambda x: x[0]), "(8,)"),
+        (lambda: Wrong(lambda x: x[:, :5]), "(1, 5)"),
+        (lambda: Wrong(fail), "a fault in it"),
+        (lambda: Small().double(), "double"),
+        (lambda: Small().half(), "Half"),
+    ],
+)
+def test_what_makes_no_vectors_is_one_message(
+    make: Callable[[], nn.Module], found: str, images: Path, home: Path
+) -> None:
+    with refused(UsageError, "backbone-output") as caught:
+        extract_features(Backbone.from_module(make(), name="wrong", dim=8), load_dataset("folder", images))
+    assert found in str(caught.value.found)
+    assert not home.exists()
+
+
+def test_what_is_no_module_of_tensors_is_one_message() -> None:
+    class Derived(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.smaller = next(self.net.parameters()) / 2  # a tensor with a history, which Python cannot copy
+
+    for module in (Small().to("meta"), Derived()):
+        with refused(UsageError, "backbone-module"):
+            load_backbone(Backbone.from_module(module, name="empty", dim=8))
+    wrong: Any = Small().forward
+    with refused(UsageError, "backbone-type"):
+        Backbone.from_module(wrong, name="function", dim=8)
+    with refused(UsageError, "backbone-type"):
+        find_backbone(f"{__name__}:with_a_word")
+    with refused(UsageError, "backbone-function"):
+        find_backbone(f"{__name__}:fail")
+
+
+def with_a_word() -> Backbone:
+    word: Any = "imagenet"
+    return Backbone.from_module(Small(), name="word", dim=8, transform=word)

@@ -72,16 +72,30 @@ def test_datasets_without_the_backbones_are_left_out_and_named(two: list[ImageDa
         results = run_cached(backbones=["a", "b"], head="dvme-noattn", home=home)
     assert [(r.dataset, r.backbones) for r in results] == [("first", ("a", "b"))]
     assert said == ["second left out: b not cached"]
-    with pytest.raises(StoreNotFoundError, match="no dataset has all"):
-        run_cached(head="dvme", home=home)
+    said.clear()
+    with shown(said.append):
+        (result,) = run_cached(head="dvme-noattn", home=home)
+    assert result.backbones == ("a", "b")
+    assert said == [
+        "second left out: fewer than two backbones cached",
+        "first: dvme-noattn fuses a, b, which are cached",
+    ]
+    with pytest.raises(StoreNotFoundError, match="one is cached"):
+        run_cached(["second"], head="concat", home=home)
+    with pytest.raises(StoreNotFoundError, match="no dataset has two"):
+        run_cached(head="dvme", home=home, views=2)
 
 
 def test_fusing_heads_fuse_the_papers_set_by_default(home: Path) -> None:
     ds = make_dataset([0, 1] * 60)
     for name in ("dino", "simclr", "swav", "other"):
         put_store(home, ds, name, make_features(ds, 6))
+    put_store(home, ds, "seen", np.zeros((120, 2, 6), np.float32))
     (result,) = run_cached(["toy"], head="dvme-noattn", home=home)
     assert result.backbones == ("simclr", "swav", "dino")
+    shutil.rmtree(next((home / "toy").glob("swav-*")))
+    (result,) = run_cached(["toy"], head="concat", home=home)
+    assert result.backbones == ("dino", "other", "simclr")  # not what is cached as views alone
 
 
 def test_nothing_cached(home: Path) -> None:

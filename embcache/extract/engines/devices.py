@@ -120,6 +120,7 @@ class Crew:
                 reason = message["text"]
             else:
                 self.computed.append(message["computed"])
+        process.stdout.close()
         status = process.wait()
         if status and not self._stop.killed:
             what = reason or f"exit status {status}" + "".join(f"\n  {line}" for line in last)
