@@ -13,7 +13,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from embcache.cores import settle_openmp
+
 __version__ = "0.1.0"
+
+settle_openmp()
 
 _NAMES = {
     "embcache.backbones.catalog": "Backbone",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from embcache.errors import EmbcacheError
 
@@ -22,9 +24,47 @@ _SAID = (
 )  # fmt: skip
 
 
-def usable_cores() -> int:
-    """Cores that the process may run on: a cluster's job, or a container, seldom has all that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# How often a thread of GNU's OpenMP looks for work before it sleeps. Its default of 300,000 is for machines of one's
+# own: beside other work, threads that look keep those that work from their cores (docs/log.md).
+_SPINS = "1000"
+
+
+def usable_cores(files: Path = Path("/")) -> int:
+    """Cores that the process may run on: a cluster's job, or a container, seldom has all that the machine has.
+
+    By its affinity and by the quota of its control group; ``files`` is the root of the file system.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(files))))
+
+
+def _quota(files: Path) -> float:
+    """Cores that the control groups of the process allow, versions 1 and 2; infinity without a limit."""
+    allowed = [math.inf]
+    with suppress(OSError, ValueError):
+        for line in (files / "proc/self/cgroup").read_text("ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            root = files / "sys/fs/cgroup" / ("" if not controllers else "cpu")
+            inner = root / path.strip("/")
+            for group in (inner, *inner.parents):
+                if not group.is_relative_to(root):
+                    break
+                with suppress(OSError, ValueError):
+                    names = ("cpu.max",) if not controllers else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = " ".join((group / name).read_text("ascii") for name in names).split()
+                    if quota not in ("max", "-1"):
+                        allowed.append(int(quota) / int(period))
+    return min(allowed)
+
+
+def settle_openmp() -> None:
+    """Let threads of OpenMP share a machine: set before torch is imported, and only what the user has not set."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
+    if "OMP_NUM_THREADS" not in os.environ and math.isfinite(_quota(Path("/"))):
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 def default_workers() -> int:
