@@ -145,6 +145,7 @@ def test_quick_commands_import_no_torch(home: Path) -> None:
     helped = ("extract", "probe", "verify", "gc", "doctor", "report")
     commands = [["--help"], ["ls"], ["datasets"], ["gc"], *([command, "--help"] for command in helped)]
     assert not _imported_by(commands) & (HEAVY | {"bokeh", "jinja2"})
+    assert not _imported_by([["results"], ["compare", "a", "b"], ["subgroups", "a"]], None) & HEAVY
 
 
 def test_listing_and_reading_every_byte_import_no_heavy_package(home: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -32,17 +31,13 @@ from embcache.probe.heads import find_head, identify, name_of
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
 from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import Splits, name_everything, subset_sizes
-from embcache.probe.schedule import Schedule
+from embcache.probe.schedule import GENTLE, Schedule, gentle
 from embcache.probe.stack import TrainedHead
 from embcache.probe.summary import RunCell, request_notes
 from embcache.runs.folders import PROTOCOL_VERSION
 from embcache.store.schema import Recipe
 
 ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
-GENTLE = {"lr": 1e-4, "batch_size": 16}  # for DINO's ViT-S/8 (Section B.2), also where it is fused (choice)
-# timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …
-_VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
-_DINO = ("dino", "timm:vit_small_patch8_224")  # the paper's, and timm's without a tag, whose default weights are DINO's
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,13 +196,6 @@ def choose_transforms(
             fix="--transform paper",
         )  # fmt: skip
     return chosen
-
-
-def gentle(backbones: Sequence[str]) -> bool:
-    """Whether backbones are finetuned with `GENTLE` by default, decided by their names alone."""
-    # Architecture and tag of a timm: backbone, without the organization that published it.
-    tagged = [name.rpartition("/")[2].removeprefix("timm:") for name in backbones if name.startswith("timm:")]
-    return any(name in _DINO for name in backbones) or any(map(_VIT_S8_DINO.fullmatch, tagged))
 
 
 def choose_schedule(specs: Sequence[Backbone], config: FinetuneConfig) -> Schedule:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from embcache.errors import UsageError, check_number
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.errors import ProtocolError, UsageError, check_number
 
 if TYPE_CHECKING:
     from embcache.runs.result import Result
+
+GENTLE = {"lr": 1e-4, "batch_size": 16}  # for DINO's ViT-S/8 (Section B.2), also where it is fused (choice)
+# timm's names of DINO-trained ViT-S/8: ``vit_small_patch8_224.dino``, ``vit_small_patch8_224.lunit_dino`` …
+_VIT_S8_DINO = re.compile(r"vit_small_patch8_224[._](.+_)?dino(_.+)?")
+_DINO = ("dino", "timm:vit_small_patch8_224")  # the paper's, and timm's without a tag, whose default weights are DINO's
 
 
 @dataclass(frozen=True)
@@ -91,3 +100,39 @@ def schedule_of(result: Result) -> dict[str, Any]:
         return {}
     rates = rates_of(result.request)
     return asdict(Schedule(lr=rates[0]) if rates else Schedule())
+
+
+def gentle(backbones: Sequence[str]) -> bool:
+    """Whether backbones are finetuned with `GENTLE` by default, decided by their names alone."""
+    # Architecture and tag of a timm: backbone, without the organization that published it.
+    tagged = [name.rpartition("/")[2].removeprefix("timm:") for name in backbones if name.startswith("timm:")]
+    return any(name in _DINO for name in backbones) or any(map(_VIT_S8_DINO.fullmatch, tagged))
+
+
+def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
+    """Whether class counts are equal, but for a remainder of one."""
+    counts = np.bincount(labels, minlength=n_classes)
+    return int(counts.max() - counts.min()) <= 1
+
+
+def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
+    """Share of each class in training; classes of unbalanced labels count alike where the head ``weighs`` them."""
+    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
+    if weighs and not is_balanced(labels, n_classes):
+        counts = (counts > 0).astype(np.float64)
+    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
+
+
+def diverged_error(what: str, lr: float | None) -> ProtocolError:
+    """The error for a head without a model: no finite loss in its first epoch, or (no rate) features not finite."""
+    look = "look for features that are not finite: embcache info"
+    if lr is None:
+        return ProtocolError(
+            f"{what} cannot be solved", code="features-not-finite", expected="finite features",
+            found="features or outputs that are not numbers", fix=look,
+        )  # fmt: skip
+    return ProtocolError(
+        f"training of {what} diverged in its first epoch", code="training-diverged", expected="finite losses",
+        found=f"a loss or an output that is not a number, at learning rate {lr:g}",
+        fix=f"--lr {lr / 10:g}, or {look}",
+    )  # fmt: skip

@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from embcache.cores import keep_freed_memory
-from embcache.errors import ProtocolError
 from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.feature_rows import stream_generator as stream_generator
 from embcache.probe.layers import Params, Standard, Tensors
 from embcache.probe.metrics import Metric, scorer, softmax
-from embcache.probe.schedule import Schedule, Tracker
+from embcache.probe.schedule import Schedule, Tracker, diverged_error, is_balanced
 
 _LARGEST_STACK = 100_000_000  # parameters; with gradients, moments and best epochs some 2 GB
 _SMALL = 500_000  # parameters, of all heads together
@@ -162,20 +161,6 @@ class TrainedModel:
     lrs: list[float] = field(default_factory=list)
     diverged: bool = False  # training ended because the loss or an output was not finite
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what a closed-form head chose on validation
-
-
-def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
-    """Whether class counts are equal, but for a remainder of one."""
-    counts = np.bincount(labels, minlength=n_classes)
-    return int(counts.max() - counts.min()) <= 1
-
-
-def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
-    """Share of each class in training; classes of unbalanced labels count alike where the head ``weighs`` them."""
-    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
-    if weighs and not is_balanced(labels, n_classes):
-        counts = (counts > 0).astype(np.float64)
-    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
 
 
 def make_job(
@@ -477,21 +462,6 @@ def fit(
     if not trained.params:
         raise diverged_error("the head", None if isinstance(head, ClosedFormHead) else plan.lr)
     return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, n_classes)
-
-
-def diverged_error(what: str, lr: float | None) -> ProtocolError:
-    """The error for a head without a model: no finite loss in its first epoch, or (no rate) features not finite."""
-    look = "look for features that are not finite: embcache info"
-    if lr is None:
-        return ProtocolError(
-            f"{what} cannot be solved", code="features-not-finite", expected="finite features",
-            found="features or outputs that are not numbers", fix=look,
-        )  # fmt: skip
-    return ProtocolError(
-        f"training of {what} diverged in its first epoch", code="training-diverged", expected="finite losses",
-        found=f"a loss or an output that is not a number, at learning rate {lr:g}",
-        fix=f"--lr {lr / 10:g}, or {look}",
-    )  # fmt: skip
 
 
 def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, Tensor]:

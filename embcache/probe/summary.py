@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,9 +30,12 @@ from embcache.probe.predictions import (
     prevalence_vector,
 )
 from embcache.probe.protocol import Splits
-from embcache.probe.stack import Head, diverged_error, is_balanced, seen_shares
+from embcache.probe.schedule import diverged_error, is_balanced, seen_shares
 from embcache.probe.statistics import training_overlap
 from embcache.runs.folders import FoldResult, Result, load_predictions, replace_result, run_id, runs_dir
+
+if TYPE_CHECKING:
+    from embcache.probe.stack import Head
 
 COLLAPSED = 0.8  # a model that predicts one class for this share of the test images, far more than it has, is named
 

@@ -10,10 +10,9 @@ from typing import Any
 from embcache.backbones.catalog import LIBRARIES
 from embcache.data.classes import class_flags, target_words
 from embcache.errors import StoreNotFoundError, UsageError
-from embcache.finetune.finetune_plan import GENTLE, gentle
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
-from embcache.probe.schedule import Schedule, rates_of
+from embcache.probe.schedule import GENTLE, Schedule, gentle, rates_of
 from embcache.probe.summary import in_metric
 from embcache.results.layout import Table, bounds, record, score
 from embcache.results.paper import Cell, Model

@@ -12,8 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from embcache.data.classes import class_words
-from embcache.finetune.finetune_plan import GENTLE, gentle
-from embcache.probe.schedule import Schedule, rates_of
+from embcache.probe.schedule import GENTLE, Schedule, gentle, rates_of
 from embcache.runs.folders import Result
 
 PAPER_NAMES = {

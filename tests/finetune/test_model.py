@@ -16,9 +16,10 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError, UsageError, WeightsError
 from embcache.extract.worker import freeze
 from embcache.finetune.finetune import finetune_images
-from embcache.finetune.finetune_plan import choose_schedule, choose_transforms, gentle
+from embcache.finetune.finetune_plan import choose_schedule, choose_transforms
 from embcache.finetune.model import ImageModel, assemble, check_head, empty_backbone, load_finetuned
 from embcache.probe.heads import heads, make_head
+from embcache.probe.schedule import gentle
 from embcache.probe.stack import stream_generator
 from embcache.runs.folders import runs_dir
 from tests.finetune.conftest import QUICK, RESNET, VIT

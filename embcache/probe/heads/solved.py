@@ -20,7 +20,8 @@ from embcache.cores import threads_for
 from embcache.errors import ProtocolError, UsageError, check_number
 from embcache.probe.layers import Params, Tensors, affine, standard_params, standardize
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.stack import ClosedFormHead, Solution, is_balanced
+from embcache.probe.schedule import is_balanced
+from embcache.probe.stack import ClosedFormHead, Solution
 
 _FLOOR = 1e-12  # of a probability, so that its logarithm is finite
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
