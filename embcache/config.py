@@ -111,6 +111,11 @@ class ExtractConfig(Config):
     device: str = option(
         "auto", "auto, cpu, cuda:0, …; several share the work in one process each.", metavar="NAME[,NAME…]"
     )
+    runtime: str = option(
+        "auto", "What executes a network: torch (eager), torch.compile, OpenVINO or ONNX Runtime. auto takes OpenVINO "
+        "on a CPU where it is installed and there are enough images. A store keeps its own.", metavar="NAME",
+        choices=("auto", "eager", "compile", "openvino", "onnxruntime"),
+    )  # fmt: skip
     precision: str = option(
         "fp32", "Precision of the network; part of the recipe.", choices=("fp32", "tf32", "bf16", "fp16")
     )

@@ -86,7 +86,7 @@ def interpolate_positions(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     (rows + 0.1)/√N. The 0.1 keeps the size from rounding down, and shifts every sample a little: published features
     depend on it. timm's own resampling differs by several percent.
     """
-    side = round((embedding.shape[1] - 1) ** 0.5)
+    side = round((int(embedding.shape[1]) - 1) ** 0.5)
     rows, columns = grid
     if rows == columns == side:
         return embedding

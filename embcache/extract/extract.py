@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,8 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -23,13 +24,14 @@ import torch
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
 from embcache.backbones.pooling import Pooling
+from embcache.backbones.runtimes import choose_runtime, departure, runtime_version
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.backbones.weights import weights_by_name
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
-from embcache.data.images import DECODER_VERSION
+from embcache.data.images import DECODER_VERSION, image_refs
 from embcache.errors import EmbcacheError, RecipeError, UsageError
 from embcache.extract.canaries import canary_features, check_canaries, environment
 from embcache.extract.engines.devices import Crew, split_devices
@@ -38,12 +40,14 @@ from embcache.extract.foreign import refuse_foreign
 from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
 from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
-from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, freeze
+from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, first_batch, freeze
 from embcache.fields import bare_name
 from embcache.log import log, shown
-from embcache.paths import PathLike, slug
-from embcache.store.commit import place_store, write_snapshot
+from embcache.paths import PathLike, slug, weights_dir
+from embcache.sealed import canonical_json
+from embcache.store.commit import place_store, store_path, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
+from embcache.store.reading import read_header
 from embcache.store.schema import Recipe, StoreHeader
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
@@ -136,7 +140,11 @@ def extract(
     with ThreadPoolExecutor(threads) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
         networks = open_networks(backbones, dataset, files, config, home=home)
-        owed = [_open_store(network, dataset, files, config) for network in networks]
+        owed = [_open_store(network, dataset, files, config, home, pool) for network in networks]
+        networks = [
+            network.executed_by(each.runtime, _kept(network, home)) if each.plan.shards else network
+            for network, each in zip(networks, owed, strict=True)
+        ]
         write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         files.keep()
         cached = _cached_pixels(networks, owed, dataset, files)
@@ -183,7 +191,10 @@ def open_networks(
     weights = weights_by_name(names, config.weights)
     found = [_find(each, weights.get(name), files.folder, home) for each, name in zip(backbones, names, strict=True)]
     specs = [repool(spec, config.tokens, config.layers) for spec in found]
-    device, networks = split_devices(config.device)[0], []
+    device, networks = split_devices(config.device)[0], list[FrozenNetwork]()
+    precision = config.precision
+    if precision != "fp32" and config.runtime not in ("auto", "eager"):
+        precision += f"+{config.runtime}"
     for given, name, spec in zip(backbones, names, specs, strict=True):
         transform = choose_transform(spec, config.transform, files.sizes)
         spec = spec.at(transform.size)
@@ -193,7 +204,7 @@ def open_networks(
         if spec.module is not None:  # before it is rewritten, and after
             loaded.module.to("cpu")
             _check_output(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
-        networks.append(freeze(loaded, transform, device, config.precision, *views))
+        networks.append(freeze(loaded, transform, device, precision, *views))
         _check_own_name(make_recipe(networks[-1]), files.folder)
         if dataset.layout in loaded.spec.contaminated:
             log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
@@ -250,14 +261,29 @@ def _check_output(network: FrozenNetwork) -> None:
         )  # fmt: skip
 
 
-def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig) -> OwedStore:
+def _open_store(
+    network: FrozenNetwork,
+    dataset: ImageDataset,
+    files: DatasetFiles,
+    config: ExtractConfig,
+    home: PathLike | None,
+    pool: Executor,
+) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
-    recipe, device = make_recipe(network), network.device.type
+    recipe, device, path = make_recipe(network), network.device.type, store_path(files.folder, make_recipe(network))
+    usual = read_header(path).runtime if path.is_dir() else None
+    requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
+    runtime = usual if requested == "auto" else None
+    runtime = runtime or choose_runtime(requested, device, network.precision, len(dataset))
+    if runtime not in ("eager", usual):
+        sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
+        see = partial(first_batch, files.root, sources, network, pool, decoding_of(config))
+        runtime = _gate(network.executed_by(runtime, _kept(network, home)), see, requested)
     header = StoreHeader(
         recipe, config.format or "zarr", network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
-        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(),
-        provenance={"weights": network.backbone.weights_source, **environment(network)},
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(), runtime=runtime,
+        provenance={"weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime)},
     )  # fmt: skip
     canaries = cache(partial(canary_features, network))
     path = place_store(files.folder, header, config.format, canaries)
@@ -274,7 +300,38 @@ def _open_store(network: FrozenNetwork, dataset: ImageDataset, files: DatasetFil
     plan = plan_store(store, dataset, files.scan, retry_quarantined=config.retry_quarantined)
     if plan.shards:
         check_canaries(path, network, canaries)
-    return OwedStore(store, plan, config.batch_size or store.batch_size)
+        if runtime != store.runtime:
+            log.info(
+                f"{recipe.backbone}: the store was created with the runtime {store.runtime}; this run uses {runtime}"
+            )
+    return OwedStore(store, plan, config.batch_size or store.batch_size, runtime)
+
+
+def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: str) -> str:
+    """The runtime of a network where its features of real images are those of torch's own execution, else eager."""
+    name, pixels = network.backbone.spec.name, see()
+    try:
+        problem = departure(network.forward(pixels), network.executed_by("eager").forward(pixels), network.precision)
+    except UsageError as error:
+        if requested != "auto":
+            raise
+        problem = f"{error.problem}: {error.found}"
+    if problem and requested != "auto":
+        raise UsageError(
+            f"{network.runtime} does not compute the features of {name}", code="runtime-departs", found=problem,
+            fix="--runtime eager",
+        )  # fmt: skip
+    if problem:
+        log.info(f"{name}: {network.runtime} is not used: {problem}")
+    return "eager" if problem else network.runtime
+
+
+def _kept(network: FrozenNetwork, home: PathLike | None) -> Path:
+    """How names of files begin that a runtime keeps of a network's conversion, beside the weights."""
+    backbone = network.backbone
+    parts = (backbone.spec.network, backbone.weights_sha256, backbone.spec.pooling, torch.__version__, NUMERICS)
+    digest = hashlib.sha256(canonical_json([*map(str, parts), network.precision]).encode()).hexdigest()
+    return weights_dir(home) / "converted" / digest[:16]
 
 
 def default_rows(device: str, images: int) -> int:
@@ -362,9 +419,12 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
     spec, transform = network.backbone.spec, network.transform.to_dict()
     if network.augmentation is not None:
         transform |= {"views": network.views, "augment": network.augmentation.describe()}
+    precision = network.precision
+    if precision != "fp32" and network.runtime != "eager":
+        precision += f"+{network.runtime}"
     return Recipe(
         backbone=spec.name, architecture=spec.network, weights_sha256=network.backbone.weights_sha256,
-        transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=network.precision,
+        transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=precision,
         dtype=network.dtype, numerics=NUMERICS, model=spec.model,
     )  # fmt: skip
 

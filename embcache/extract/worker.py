@@ -25,6 +25,7 @@ from torch import Tensor
 
 from embcache.backbones.catalog import LoadedBackbone
 from embcache.backbones.networks import fold_norms, to_bfloat16
+from embcache.backbones.runtimes import Compiled, check_runtime
 from embcache.backbones.transforms import Augmentation, Transform, augmentation, center, frame, normalize
 from embcache.cores import keep_freed_memory
 from embcache.data.budget import Decoding
@@ -220,6 +221,12 @@ class FrozenNetwork:
     views: int = 1  # each image is seen once as it is, and augmented in the others
     augmentation: Augmentation | None = None
     dtype: str = "float32"  # of the stored features
+    compiled: Compiled | None = None  # what executes the network instead of torch
+
+    @property
+    def runtime(self) -> str:
+        """What executes the network."""
+        return self.compiled.name if self.compiled is not None else "eager"
 
     @property
     def image_views(self) -> Views:
@@ -242,9 +249,17 @@ class FrozenNetwork:
         # A network for bfloat16 has its weights in it and casts by itself: autocast would cast them in every batch.
         precision = "fp32" if self.precision == "bf16" else self.precision
         with torch.inference_mode(), arithmetic(self.device, precision):
-            batch = normalize(pixels, self.transform, self.device)
-            output: Tensor = self.backbone.module(batch.contiguous(memory_format=torch.channels_last))
+            batch = normalize(pixels, self.transform, self.device).contiguous(memory_format=torch.channels_last)
+            output: Tensor = (self.compiled or self.backbone.module)(batch)
             return output.float()
+
+    def executed_by(self, runtime: str, kept: Path | None = None) -> FrozenNetwork:
+        """The network executed by another runtime, of which conversions may be kept."""
+        if runtime == self.runtime:
+            return self
+        check_runtime(runtime, self.device.type, self.precision)
+        compiled = None if runtime == "eager" else Compiled(runtime, self.backbone.module, self.precision, kept)
+        return replace(self, compiled=compiled)
 
 
 def freeze(
@@ -256,8 +271,11 @@ def freeze(
     augment: str = "generic",
     dtype: str = "float32",
 ) -> FrozenNetwork:
-    """Put a backbone on its device; ``augment`` is the modality that views beyond the first follow."""
-    target = pick_device(device)
+    """Put a backbone on its device; ``augment`` is the modality that views beyond the first follow.
+
+    A precision such as ``bf16+openvino`` names what executes the network too, as a recipe does.
+    """
+    target, (precision, _, runtime) = pick_device(device), precision.partition("+")
     check_choice("--feature-dtype", dtype, DTYPES)
     check_choice("--precision", precision, PRECISIONS)
     if backbone.spec.patches and views > 1:
@@ -278,12 +296,13 @@ def freeze(
     if target.type == "cpu":
         keep_freed_memory()
     module = fold_norms(backbone.module.to(device="cpu"), transform.size)
-    if precision == "bf16":
+    if precision == "bf16" and runtime in ("", "compile"):  # others convert weights by themselves
         module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     augmented = augmentation(augment, frame(transform).size, transform.size) if views > 1 else None
-    return FrozenNetwork(replace(backbone, module=module), transform, target, precision, views, augmented, dtype)
+    frozen = FrozenNetwork(replace(backbone, module=module), transform, target, precision, views, augmented, dtype)
+    return frozen.executed_by(runtime or "eager")
 
 
 def pick_device(device: str) -> torch.device:
@@ -319,6 +338,15 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float16
             stack.enter_context(torch.autocast(device.type, dtype=dtype))
         yield
+
+
+def first_batch(
+    root: Path, sources: Sequence[ImageRef], network: FrozenNetwork, pool: Executor, decoding: Decoding
+) -> Tensor:
+    """Images as a network sees them before normalization, uint8 (B, H, W, 3); zeros for those that are unreadable."""
+    views, number = network.image_views, len(sources)
+    (batch,) = view_batches(root, sources, [views], number, pool, {}, decoding=decoding)
+    return stack_batch(batch, 0, torch.empty((number, *views.size, 3), dtype=torch.uint8))
 
 
 class Sender:

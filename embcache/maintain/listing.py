@@ -83,7 +83,10 @@ class StoreInfo:
         """Everything as plain JSON data."""
         store, summary = self.store, plain(self.summary)
         alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
-        otherwise = {str(n): {"batch_size": r.batch_size, "threads": r.threads} for n, r in self.otherwise.items()}
+        otherwise = {
+            str(n): {"batch_size": r.batch_size, "threads": r.threads, "runtime": r.runtime}
+            for n, r in self.otherwise.items()
+        }
         made = {"rows_per_shard": store.rows_per_shard, "batch_size": store.batch_size, "threads": store.threads}
         return {
             **{name: summary[name] for name in alike}, "fingerprint": store.recipe.fingerprint,
@@ -166,7 +169,9 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
         uncommitted=tuple(number for number in plans if number not in committed),
         superseded=sum(len(plans[number]) for number in committed) - len(whole.ids) - len(whole.quarantined),
         view=next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None),
-        otherwise={number: record for number, record in made.items() if record.batch_size or record.threads},
+        otherwise={
+            number: record for number, record in made.items() if record != CommitRecord(record.rows, record.files)
+        },
     )
 
 

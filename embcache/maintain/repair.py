@@ -66,7 +66,7 @@ class Rebuild:
     trust: Sequence[str] = ()  # `module:function` backbones that may be imported: those that were typed
 
 
-def make_again(path: Path, dataset: ImageDataset, how: Rebuild) -> Maker:
+def make_again(path: Path, dataset: ImageDataset, how: Rebuild, runtime: str | None = None) -> Maker:
     """What makes the rows of a store again: the images and, for features, the network with its weights."""
     recipe = read_header(path).recipe
     if recipe.foreign:
@@ -86,6 +86,7 @@ def make_again(path: Path, dataset: ImageDataset, how: Rebuild) -> Maker:
     )  # fmt: skip
     _refuse_another(recipe, make_recipe(network), dataset)
     check_canaries(path, network)
+    network = network if runtime is None else network.executed_by(runtime)
     return lambda sources, pool, batch_size, on_rows, decoding: compute_shard(
         root, sources, [network], batch_size=batch_size, pool=pool, on_rows=on_rows, decoding=decoding
     )[0]
@@ -156,7 +157,7 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     scale = np.maximum(np.abs(computed).max(axis=1), np.finfo(np.float32).tiny)
     compared = rows.valid & ~changed
     off = np.where(compared, np.abs(cached - computed).max(axis=1) / scale, -1.0)
-    tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision]
+    tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision.partition("+")[0]]
     tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
     other, bad = (tuple(np.array(ids)[flags].tolist()) for flags in (changed, ~rows.valid))
     worst = ids[int(off.argmax())] if compared.any() else ""
@@ -218,11 +219,12 @@ class _Repair:
         if shards or plans:
             self.dataset = load()
             self.root = image_folder(self.dataset)
-            maker = make_again(path, self.dataset, self.how) if shards else None
+            runtimes = {self.made_with(number).runtime or self.header.runtime for number in shards}
+            makers = {runtime: make_again(path, self.dataset, self.how, runtime) for runtime in runtimes}
             self.refuse_missing(shards)
             self.repair_plans(plans, shards)
-            if maker is not None:
-                self.repair_shards(maker, [number for number in shards if number in plan_numbers(path)])
+            if shards:
+                self.repair_shards(makers, [number for number in shards if number in plan_numbers(path)])
         for each in check.damage:
             if each.kind == "extra" and os.path.lexists(each.path):
                 discard(each.path)
@@ -284,7 +286,7 @@ class _Repair:
         for number in lost:
             # Those that the shard's index names or, failing that, as many as it had.
             left = set(rest)
-            ids = [id_ for id_ in self.planned(number) if id_ in left] or rest[: self.made_with(number)[2]]
+            ids = [id_ for id_ in self.planned(number) if id_ in left] or rest[: self.made_with(number).rows]
             left -= set(ids)
             rest = [id_ for id_ in rest if id_ in left]
             if ids:
@@ -311,7 +313,7 @@ class _Repair:
             entries.append(self.entry(source) if same else PlanEntry(source.id, -1, -1))
         return entries
 
-    def repair_shards(self, maker: Maker, shards: Sequence[int]) -> None:
+    def repair_shards(self, makers: Mapping[str, Maker], shards: Sequence[int]) -> None:
         planned = {number: [entry.id for entry in read_plan(self.path, number)] for number in shards}
         total, computed, refused = sum(map(len, planned.values())), 0, list[DatasetError]()
 
@@ -322,7 +324,9 @@ class _Repair:
 
         with ThreadPoolExecutor(default_workers()) as pool:
             for number, ids in planned.items():
-                batch, threads, _ = self.made_with(number)
+                made, usual = self.made_with(number), self.header
+                batch, threads = made.batch_size or usual.batch_size, made.threads or usual.threads
+                runtime = made.runtime or usual.runtime
                 lease = Lease.acquire(self.path, number)
                 if lease is None:
                     raise StoreError(
@@ -332,11 +336,13 @@ class _Repair:
                     )  # fmt: skip
                 with lease, torch_threads(threads) as threads:
                     try:
-                        rows = self.make_rows(number, maker, ids, pool, batch, more)
+                        rows = self.make_rows(number, makers[runtime], ids, pool, batch, more)
                     except DatasetError as error:  # the others are repaired first
                         refused.append(error)
                         continue
-                    commit_shard(self.path, number, rows, batch_size=batch, threads=threads, damaged=True)
+                    commit_shard(
+                        self.path, number, rows, batch_size=batch, threads=threads, runtime=runtime, damaged=True
+                    )
                 self.did(f"shard {number}: {len(ids):,} images computed again")
         if refused:
             raise refused[0]
@@ -376,12 +382,11 @@ class _Repair:
             return False, {} if self.max_pixels else {id_: reason for id_, reason in bad.items() if pixels_of(reason)}
         return True, {id_: reason for id_, reason in bad.items() if id_ in valid}
 
-    def made_with(self, number: int) -> tuple[int, int, int]:
-        """Batch size and threads of a shard, on which the bits of its features depend; and its rows."""
-        header, record = self.header, CommitRecord(self.header.rows_per_shard, {})
+    def made_with(self, number: int) -> CommitRecord:
+        """Rows of a shard, and what the bits of its features depend on where it is not the store's."""
         with suppress(CorruptStoreError):
-            record = read_commit(self.path, number)
-        return record.batch_size or header.batch_size, record.threads or header.threads, record.rows
+            return read_commit(self.path, number)
+        return CommitRecord(self.header.rows_per_shard, {})
 
 
 def _is_readable(root: Path, source: ImageRef) -> bool:

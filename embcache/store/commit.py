@@ -31,6 +31,14 @@ MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numb
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
 
 
+def store_path(dataset_dir: Path, recipe: Recipe) -> Path:
+    """Folder of the store of a recipe, whether or not it is there."""
+    path = Path(dataset_dir) / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
+    if recipe.nameless:  # it may have been made under another name
+        return min(Path(dataset_dir).glob(f"*-{recipe.fingerprint[:12]}"), default=path)
+    return path
+
+
 def create_store(
     dataset_dir: Path,
     recipe: Recipe,
@@ -54,10 +62,7 @@ def place_store(
 ) -> Path:
     """As `create_store`; ``canaries`` makes the features of the drawn images of a store that is not there yet."""
     recipe = header.recipe
-    store = dataset_dir / f"{slug(recipe.backbone)}-{recipe.fingerprint[:12]}"
-    if recipe.nameless:  # it may have been made under another name
-        store = min(dataset_dir.glob(f"*-{recipe.fingerprint[:12]}"), default=store)
-    files = {"recipe.json": seal(header.to_json())}
+    store, files = store_path(dataset_dir, recipe), {"recipe.json": seal(header.to_json())}
     if canaries is not None and not store.is_dir():
         files[reading.CANARIES] = _sealed_canaries(canaries())
     with disk.writing(store):
@@ -140,6 +145,7 @@ def commit_shard(
     *,
     batch_size: int | None = None,
     threads: int | None = None,
+    runtime: str | None = None,
     damaged: bool = False,
 ) -> bool:
     """Commit the computed rows of shard ``number``; on return they are on disk, whichever process wrote them."""
@@ -152,8 +158,8 @@ def commit_shard(
             staged = store / "staging" / disk.staged_name(f"shard-{name}-")
             files = find_format(header.format).encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-            made = {"batch_size": (batch_size, header.batch_size), "threads": (threads, header.threads)}
-            unusual = {name: n for name, (n, usual) in made.items() if n is not None and n != usual}
+            made = {"batch_size": batch_size, "threads": threads, "runtime": runtime}
+            unusual = {name: n for name, n in made.items() if n is not None and n != vars(header)[name]}
             files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
             # The plan may be another process's, killed before its name was on disk: no shard without its plan.
             disk.sync_folder(store / "plan")

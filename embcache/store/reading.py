@@ -42,6 +42,7 @@ class CommitRecord:
     files: Mapping[str, tuple[int, str]]  # size and crc32c of each
     batch_size: int | None = None  # that it was computed with, as threads; None where it is the store's
     threads: int | None = None
+    runtime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
         rows = _count(content["rows"])
         # Only where they differ from what the store was created with.
         batch_size, threads = (_count(content[k]) if k in content else None for k in ("batch_size", "threads"))
+        runtime = str(content["runtime"]) if "runtime" in content else None
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_ours("a commit", error, path, fix) from error
     for name in files:
@@ -197,7 +199,7 @@ def _parse_commit(data: bytes, path: Path, fix: str) -> CommitRecord:
             raise CorruptStoreError(
                 "a commit names a file outside its shard", code="outside-shard", found=name, where=path, fix=fix
             )
-    return CommitRecord(rows, files, batch_size, threads)
+    return CommitRecord(rows, files, batch_size, threads, runtime)
 
 
 def _count(value: object) -> int:

@@ -47,7 +47,7 @@ class Recipe:
     decoder, pooling : str
         Version of the decoding of bytes into pixels; how tokens or maps become one vector.
     precision : {"fp32", "tf32", "bf16", "fp16"}
-        Arithmetic of the forward pass.
+        Arithmetic of the forward pass; outside fp32, also what executes it, if that is not torch: ``bf16+openvino``.
     dtype : str
         numpy name of the stored features' dtype.
     numerics : int
@@ -80,7 +80,7 @@ class Recipe:
                     f"the field {name} of a recipe has another type", code="recipe-field",
                     expected={int: "an integer", str: "a string"}.get(kind, "an object"), found=repr(value)[:200],
                 )  # fmt: skip
-        if self.precision not in PRECISIONS:
+        if self.precision.partition("+")[0] not in PRECISIONS:
             raise RecipeError(
                 "the precision of a recipe is unknown", code="recipe-precision", expected=" | ".join(PRECISIONS),
                 found=repr(self.precision)[:200],

@@ -108,6 +108,7 @@ class OwedStore:
     store: FeatureStore
     plan: Plan
     batch_size: int
+    runtime: str = "eager"  # what executes the network
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class LocalEngine:
         """Write the rows of a shard to each store that owes it."""
         for index, each in zip(shard.stores, rows, strict=True):
             path = self._owed[index].store.path
-            commit_shard(path, shard.number, each, batch_size=batch_size, threads=self._threads)
+            runtime = self._owed[index].runtime
+            commit_shard(path, shard.number, each, batch_size=batch_size, threads=self._threads, runtime=runtime)
             self.computed[index] += len(each.ids)
 
 
