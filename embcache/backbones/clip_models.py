@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import find_network, hash_tensors, load_strictly, read_checkpoint
 from embcache.backbones.hub import canonical_name, fetch_file, not_fetched
-from embcache.backbones.libraries import need, refusing
 from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
 from embcache.backbones.timm_models import TokenPooling, choose_tokens, fit_size, patch_of
 from embcache.backbones.transforms import Transform
-from embcache.backbones.weights import Published, find_model, find_weights, timm_filename
+from embcache.backbones.weights import Published, find_model, find_weights, need, refusing, timm_filename
 from embcache.errors import UsageError, WeightsError, first_few
 from embcache.paths import PathLike, weights_dir
 from embcache.sealed import canonical_json

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.hub import canonical_name, is_repository, not_fetched, reaching_hub
-from embcache.backbones.libraries import need, refusing
 from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
 from embcache.backbones.transforms import Transform
-from embcache.backbones.weights import find_model
+from embcache.backbones.weights import find_model, need, refusing
 from embcache.errors import UsageError, WeightsError
 from embcache.paths import PathLike
 from embcache.sealed import canonical_json

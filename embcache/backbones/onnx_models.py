@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embcache.backbones.libraries import need, refusing
 from embcache.backbones.pooling import try_size
 from embcache.backbones.transforms import MOST_SIDE, Transform
-from embcache.backbones.weights import find_model
+from embcache.backbones.weights import find_model, need, refusing
 from embcache.errors import UsageError, WeightsError, first_few
 from embcache.log import log
 from embcache.paths import PathLike, weights_dir

@@ -1,18 +1,19 @@
-"""Checkpoint files: named by the user, found in the weights folder or a package, or downloaded."""
+"""Checkpoint files: named by the user, found in the weights folder or a package, or downloaded; and their libraries."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from embcache.errors import UsageError, WeightsError
+from embcache.errors import EmbcacheError, UsageError, WeightsError
 from embcache.fields import parse_weights
 from embcache.paths import PathLike, weights_dir
 
@@ -241,3 +242,28 @@ def check_digest(path: Path, sha256: str, published: Published) -> None:
             f"rm '{path}' '{_sidecar(path)}' to have it fetched again", "pass a checkpoint of your own with --weights",
         ),
     )  # fmt: skip
+
+
+def need(module: str, prefix: str, extra: str) -> Any:
+    """Import a library that models with a prefix need; an extra of embcache installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"backbones {prefix}:… need {module}", code="library-missing", found=str(error),
+            fix=f"pip install 'embcache[{extra}]'",
+        ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def refusing(library: str, name: str, code: str, expected: str) -> Iterator[None]:
+    """What a library refuses of a model as one message."""
+    try:
+        yield
+    except EmbcacheError:
+        raise
+    except Exception as error:  # libraries raise whatever a file of others brings about
+        raise WeightsError(
+            f"{library} cannot load {name}", code=code, expected=expected,
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+        ) from error  # fmt: skip

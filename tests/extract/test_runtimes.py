@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_a_network_that_a_runtime_does_not_know_stays_with_torch(
         raise RuntimeError("no such operation")
 
     pytest.importorskip("openvino")
-    monkeypatch.setattr("embcache.backbones.runtimes.openvino_cpu.compile_network", no)
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", replace(runtimes.RUNTIMES["openvino"], compiler=no))
     monkeypatch.setattr(runtimes, "_PAYS", 1)
     (done,) = run_extraction(["random"], dataset, home=tmp_path)
     assert done.store.runtime == "eager"

@@ -2,45 +2,111 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import importlib.util
-from collections.abc import Callable
+import io
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embcache.backbones.weights import need
 from embcache.errors import UsageError, check_choice
+from embcache.io import replacing
 
 Program = Callable[[Tensor], Tensor]
 """Normalized images, float32 (B, 3, H, W) of one fixed shape on the runtime's device, to features (B, D)."""
+Compiler = Callable[[nn.Module, Tensor, str, Path | None], Program]
+"""A network, a batch of the shape of those to come, precision and `Compiled.kept`, to a program with torch's number of
+threads."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a network is compiled for."""
+@contextlib.contextmanager
+def _exporting() -> Iterator[None]:
+    """Tensors of inference mode cannot be traced; tracing warns that sides of images become constants, as they are."""
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
 
-    precision: str  # fp32 or bf16
-    threads: int
-    kept: Path | None = None  # a file, or its beginning, for what may be kept of the conversion; none keeps nothing
+
+def _compile(network: nn.Module, example: Tensor, precision: str, kept: Path | None) -> Program:
+    """Torch's own compiler, with weights frozen into the program; it works here, not at the first batch."""
+    import torch._inductor.config as inductor
+
+    compiled = torch.compile(network, dynamic=False)
+
+    def run(images: Tensor) -> Tensor:
+        # Inference mode is entered by the caller; freezing needs a graph without gradients.
+        with torch.no_grad(), inductor.patch(freezing=True):
+            output: Tensor = compiled(images)
+        return output.float()
+
+    run(example)
+    return run
 
 
-class Compiler(Protocol):
-    """What the module of a runtime offers."""
+def _openvino(network: nn.Module, example: Tensor, precision: str, kept: Path | None) -> Program:
+    """A conversion for Intel's and ARM's processors, of one stream with stated precision and threads."""
+    # Without this package, OpenVINO neither sends usage data nor asks for consent to do so.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    ov: Any = import_module("openvino")
+    core, shape = ov.Core(), list(example.shape)
+    if kept is not None:
+        kept = Path(f"{kept}-{'x'.join(map(str, shape))}-openvino-{ov.__version__.partition('-')[0]}")
+    if kept is not None and (kept / "model.xml").is_file():
+        model = core.read_model(kept / "model.xml")
+    else:
+        with _exporting():
+            model = ov.convert_model(
+                network, example_input=example.clone().contiguous(), input=[ov.PartialShape(shape)]
+            )
+        if kept is not None:
+            with replacing(kept) as staged:
+                ov.save_model(model, staged / "model.xml", compress_to_fp16=False)
+    compiled = core.compile_model(model, "CPU", {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(precision, precision), "EXECUTION_MODE_HINT": "ACCURACY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
+    })  # fmt: skip
+    request = compiled.create_infer_request()
 
-    def compile_network(self, network: nn.Module, example: Tensor, settings: Settings) -> Program:
-        """A program for batches of the shape of ``example``."""
+    def run(images: Tensor) -> Tensor:
+        output = request.infer([images.contiguous().numpy()], share_inputs=True)[compiled.output(0)]
+        return torch.from_numpy(np.array(output, dtype=np.float32))
+
+    return run
+
+
+def _onnxruntime(network: nn.Module, example: Tensor, precision: str, kept: Path | None) -> Program:
+    """An export to ONNX, executed as files of ONNX are; nothing of it is kept."""
+    from embcache.backbones.onnx_models import OnnxNetwork
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        need(package, package, "onnx")
+    with tempfile.TemporaryDirectory() as folder, _exporting(), contextlib.redirect_stdout(io.StringIO()):
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(
+            network, (example.clone().contiguous(),), path, dynamo=True, external_data=False, verbose=False,
+            input_names=["images"], output_names=["features"],
+        )  # fmt: skip
+        compiled = OnnxNetwork(path, "images", "features", len(example))
+        compiled.session(example.device)  # reads the file
+    return compiled
 
 
 @dataclass(frozen=True)
 class Runtime:
     """A row of `RUNTIMES`."""
 
-    module: str  # a `Compiler`; empty for torch as it is
+    compiler: Compiler | None  # none for torch as it is
     package: str  # that it needs
     extra: str  # of embcache that installs it
     devices: tuple[str, ...]
@@ -48,10 +114,10 @@ class Runtime:
 
 
 RUNTIMES = {
-    "eager": Runtime("", "torch", "", (), ()),  # any
-    "compile": Runtime("embcache.backbones.runtimes.compiled", "torch", "", ("cpu", "cuda"), ("fp32", "tf32", "bf16")),
-    "openvino": Runtime("embcache.backbones.runtimes.openvino_cpu", "openvino", "cpu", ("cpu",), ("fp32", "bf16")),
-    "onnxruntime": Runtime("embcache.backbones.runtimes.onnx_cpu", "onnxruntime", "onnx", ("cpu",), ("fp32",)),
+    "eager": Runtime(None, "torch", "", (), ()),  # any
+    "compile": Runtime(_compile, "torch", "", ("cpu", "cuda"), ("fp32", "tf32", "bf16")),
+    "openvino": Runtime(_openvino, "openvino", "cpu", ("cpu",), ("fp32", "bf16")),
+    "onnxruntime": Runtime(_onnxruntime, "onnxruntime", "onnx", ("cpu",), ("fp32",)),
 }
 # What `auto` takes where it is installed, by the type of the device, and from how many images a conversion pays: some
 # 5 s of it, against some 10 ms that each image saves (docs/benchmarks.md).
@@ -121,10 +187,10 @@ class Compiled:
         return self._programs[key](images)
 
     def _compile(self, images: Tensor) -> Program:
-        compiler = cast(Compiler, importlib.import_module(RUNTIMES[self.name].module))
+        compiler = RUNTIMES[self.name].compiler
+        assert compiler is not None
         try:
-            settings = Settings(self.precision, torch.get_num_threads(), self.kept)
-            return compiler.compile_network(self.network, images, settings)
+            return compiler(self.network, images, self.precision, self.kept)
         except Exception as error:  # whatever a compiler raises about a network that it does not know
             raise UsageError(
                 f"{self.name} cannot compile this network", code="runtime-refuses",
