@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from embcache.backbones.weights import (
+    Files,
     Published,
     check_digest,
     find_cached,
@@ -239,16 +240,15 @@ class Library(Protocol):
         """The fields of the `Backbone` of a name with its prefix; ``folder`` has its files, if they are here."""
 
     def repool(self, spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
-        """The fields that change where a user names tokens or layers."""
+        """The fields that change where a user names tokens or layers; of networks that are not `Backbone.fixed`."""
 
-    def load(
-        self, spec: Backbone, weights: PathLike | None, home: PathLike | None, image_size: tuple[int, int] | None,
-        allow_download: bool,
-    ) -> tuple[nn.Module, str, str, str]:  # fmt: skip
-        """The network with its weights, their digest, where they came from, and what was chosen in a user's file."""
+    def load(self, spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
+        """The network for images of a height and width, with its weights; their digest, where they came from, and what
+        was chosen in a file.
+        """
 
-    def build(self, spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
-        """The network for images of this height and width, its weights still to be filled."""
+    def build(self, spec: Backbone, size: tuple[int, int]) -> nn.Module:
+        """The network, its weights still to be filled; none of a library of networks that are `Backbone.fixed`."""
 
 
 # Prefix of the names of a library's models → the module that loads them.
@@ -341,7 +341,8 @@ def known_backbone(
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
-        spec = Backbone(**_library(prefix).describe(name, folder or find_model(rest, home)))
+        found = _library(prefix).describe(name, folder or find_model(rest, home))
+        spec = Backbone(**{"library": prefix, "license": "see its model card", **found})
         row = vars(row_of(name) or spec)
         facts = {key: row[key] for key in ("source", "license", "contaminated", "gated")}
         return replace(spec, **{key: value for key, value in facts.items() if value not in ("", (), None)})
@@ -394,11 +395,12 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Backbone:
     """The backbone with the tokens and layers that a user names (`embcache.backbones.pooling`); without, as it is."""
     if tokens is None and layers is None:
         return spec
-    if spec.library:
+    if spec.library and not spec.fixed:
         return replace(spec, **library_of(spec).repool(spec, tokens, layers))
+    outputs = "; of an ONNX file one of its outputs, as onnx:FILE#OUTPUT" if spec.fixed else ""
     raise UsageError(
         f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=f"pooling {spec.pooling}",
-        expected="a vision transformer, as timm:NAME or hf:NAME", fix="leave out --tokens and --layers",
+        expected=f"a vision transformer, as timm:NAME or hf:NAME{outputs}", fix="leave out --tokens and --layers",
     )  # fmt: skip
 
 
@@ -458,7 +460,8 @@ def load_backbone(
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
     with _for_own_name(spec.name if spec.model else "", weights):
         if spec.library:
-            return _freeze(spec, *library_of(spec).load(spec, weights, home, image_size, allow_download))
+            files = Files(None if weights is None else Path(weights).expanduser(), home, allow_download)
+            return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size))
         path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import find_network, hash_tensors, load_strictly, read_checkpoint
 from embcache.backbones.hub import canonical_name, fetch_file, not_fetched
-from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
 from embcache.backbones.timm_models import TokenPooling, choose_tokens, fit_size, patch_of
 from embcache.backbones.transforms import Transform
-from embcache.backbones.weights import Published, find_model, find_weights, need, refusing, timm_filename
+from embcache.backbones.weights import Files, Published, find_model, find_weights, need, refusing, timm_filename
 from embcache.errors import UsageError, WeightsError, first_few
-from embcache.paths import PathLike, weights_dir
+from embcache.paths import weights_dir
 from embcache.sealed import canonical_json
 
 if TYPE_CHECKING:
@@ -150,13 +150,11 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         "dim": shape[1],
         "parameters": sum(parameter.numel() for parameter in tower.parameters()),
         "source": canonical.removeprefix("open_clip:"),
-        "license": "see its model card",
         "patch": max(tower.patch_size) if design.kind == "VisionTransformer" else patch,
         "pooling": "projected",
         "input_size": size,
         **prepared,
         "weights": Published(filename=timm_filename(canonical.removeprefix("open_clip:")) if elsewhere else ""),
-        "library": "open_clip",
         "origin": text,
     }
 
@@ -167,41 +165,31 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[st
     with _refused(spec.name):
         tower = design.skeleton()
     if design.trunk and (layers is not None or tokens not in ("projected", "pooler")):
-        pooling = choose_tokens(spec.name, tower.trunk, tokens, layers)
-    else:
-        depth, offered = 0, ["projected"]
-        if design.trunk:
-            offered += ["pooler"] if design.vision.get("timm_pool") not in ("abs_attn", "rot_attn") else []
-        elif design.kind == "VisionTransformer":
-            depth = len(tower.transformer.resblocks)
-            # The final norm of a tower that pools by attention is for what attention gives.
-            offered += ["pooler", *(("cls", "mean", "cls+mean", "patches") if tower.attn_pool is None else ())]
-        pooling = choose_pooling(spec.name, tokens or "cls", layers, depth)
-        check_token(spec.name, pooling, offered)
+        return choose_tokens(spec, tower.trunk, tokens, layers)
+    depth, offered = 0, ["projected"]
+    if design.trunk:
+        offered += ["pooler"] if design.vision.get("timm_pool") not in ("abs_attn", "rot_attn") else []
+    elif design.kind == "VisionTransformer":
+        depth = len(tower.transformer.resblocks)
+        # The final norm of a tower that pools by attention is for what attention gives.
+        offered += ["pooler", *(("cls", "mean", "cls+mean", "patches") if tower.attn_pool is None else ())]
+    chosen = choose_pooling(spec, tokens or "cls", layers, offered, depth, 1)
     with _refused(spec.name):
-        dim = _shape(_pooled(design, tower, pooling), spec.input_size)[-1]
-    return {"pooling": str(pooling), "dim": dim, "patches": count_patches(spec, pooling)}
+        return {**chosen, "dim": _shape(_pooled(design, tower, Pooling.parse(chosen["pooling"])), spec.input_size)[-1]}
 
 
-def load(
-    spec: Backbone,
-    weights: PathLike | None,
-    home: PathLike | None,
-    image_size: tuple[int, int] | None,
-    allow_download: bool,
-) -> tuple[nn.Module, str, str, str]:
+def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
     """The image tower with its weights, the digest of its tensors, and where it came from."""
-    file = Path(weights).expanduser() if weights is not None else None
-    design = _design(spec.name, str(file) if file is not None and file.is_dir() else spec.origin)
-    path = file if file is not None and not file.is_dir() else find_weights(spec.weights, weights_dir(home))
+    folder = files.given if files.given and files.given.is_dir() else None
+    design = _design(spec.name, str(folder or spec.origin))
+    path = files.given if folder is None else None
+    path = path or find_weights(spec.weights, weights_dir(files.home))
     if path is None:
-        if not allow_download and find_model(spec.origin, home) is None:
-            raise not_fetched(spec.name, spec.origin, "name its folder: open_clip:FOLDER")(
-                "downloads are not allowed here"
-            )
+        if not files.allow_download and find_model(spec.origin, files.home) is None:
+            unavailable = not_fetched(spec.name, spec.origin, "name its folder: open_clip:FOLDER")
+            raise unavailable("downloads are not allowed here")
         path = design.fetch()
-    size = image_size or spec.input_size
-    checkpoint = read_checkpoint(path, given=weights is not None)
+    checkpoint = read_checkpoint(path, given=files.given is not None)
     with _refused(spec.name):
         tower = design.tower(size)
     found = find_network(_of_images(checkpoint.state), tower.state_dict(), where=path)
@@ -212,7 +200,7 @@ def load(
         }
     load_strictly(tower, {**found.state, **fitted}, where=path)
     digest = hash_tensors({**tower.state_dict(), **positions})  # the same for images of every size
-    return _fitted(spec, design, tower, size), digest, path.name, found.describe(path) if file is not None else ""
+    return _fitted(spec, design, tower, size), digest, path.name, found.describe(path) if files.given else ""
 
 
 def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
@@ -265,9 +253,8 @@ def _prepared(name: str, design: Design, size: tuple[int, int]) -> Mapping[str, 
             "interpolation": "bilinear" if own["interpolation"] == "bilinear" else "bicubic",  # as open_clip reads it
             "mean": _of_channels(own["mean"]), "std": _of_channels(own["std"]),
         })  # fmt: skip
-    known = {key: vars(transform)[key] for key in ("mean", "std", "interpolation")}
     # Images are not padded here, and not cropped to another shape than that of a square.
-    return {**known, "transform": transform if squash or (shorter and size[0] == size[1]) else None}
+    return {**transform.shown(), "transform": transform if squash or (shorter and size[0] == size[1]) else None}
 
 
 def _of_channels(value: Any) -> list[float]:

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.hub import canonical_name, is_repository, not_fetched, reaching_hub
-from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
 from embcache.backbones.transforms import Transform
-from embcache.backbones.weights import find_model, need, refusing
+from embcache.backbones.weights import Files, find_model, need, refusing
 from embcache.errors import UsageError, WeightsError
-from embcache.paths import PathLike
 from embcache.sealed import canonical_json
 
 if TYPE_CHECKING:
@@ -130,15 +129,11 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         "dim": Pooling(family.pooling).width(tower.hidden_size),
         "parameters": parameters,
         "source": canonical_name(name).removeprefix("hf:"),
-        "license": "see its model card",
         "patch": int(tower.patch_size),
         "pooling": family.pooling,
-        "mean": transform.mean,
-        "std": transform.std,
-        "interpolation": transform.interpolation,
+        **transform.shown(),
         "input_size": transform.size,
         "transform": transform,
-        "library": "hf",
         "origin": str(folder) if folder is not None else name.removeprefix("hf:"),
     }
 
@@ -149,23 +144,14 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[st
     config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     family = _family(spec)
-    pooling = choose_pooling(spec.name, tokens or family.pooling, layers, config.num_hidden_layers)
     offered = [family.pooling, "mean", "patches", *(("cls", "cls+mean") if family.class_token else ())]
-    check_token(spec.name, pooling, list(dict.fromkeys([*offered, *["pooler"] * family.pooler])))
-    dim, patches = pooling.width(config.hidden_size), count_patches(spec, pooling)
-    return {"pooling": str(pooling), "dim": dim, "patches": patches}
+    offered = list(dict.fromkeys([*offered, *["pooler"] * family.pooler]))
+    return choose_pooling(spec, tokens or family.pooling, layers, offered, config.num_hidden_layers, config.hidden_size)
 
 
-def load(
-    spec: Backbone,
-    weights: PathLike | None,
-    home: PathLike | None,
-    image_size: tuple[int, int] | None,
-    allow_download: bool,
-) -> tuple[nn.Module, str, str, str]:
+def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
     """The image tower with its weights, the digest of its tensors, and where it came from."""
-    name, patterns = f"hf:{spec.origin if weights is None else weights}", (*_FILES, *_WEIGHTS)
-    folder = _folder(name, patterns, allow_download)
+    folder = _folder(f"hf:{files.given or spec.origin}", (*_FILES, *_WEIGHTS), files.allow_download)
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(
             f"{spec.name} has no safetensors", code="weights-not-safetensors", where=folder,
@@ -187,8 +173,8 @@ def load(
             found=f"{len(absent)} tensors are not in the file: {', '.join(map(str, absent[:3]))}",
             expected="every tensor of the image tower",
         )  # fmt: skip
-    module = _pooled(spec, tower, image_size or spec.input_size)
-    origin = folder.name if weights is not None or not is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
+    module = _pooled(spec, tower, size)
+    origin = folder.name if files.given or not is_repository(spec.origin) else f"{spec.origin} ({folder.name})"
     return module, hash_state(tower), origin, ""
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from embcache.backbones.pooling import try_size
 from embcache.backbones.transforms import MOST_SIDE, Transform
-from embcache.backbones.weights import find_model, need, refusing
+from embcache.backbones.weights import Files, find_model, need, refusing
 from embcache.errors import UsageError, WeightsError, first_few
 from embcache.log import log
-from embcache.paths import PathLike, weights_dir
+from embcache.paths import weights_dir
 
 if TYPE_CHECKING:
     from embcache.backbones.catalog import Backbone
@@ -105,7 +105,6 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         )  # fmt: skip
     graph = _read(name, path, output)
     size = graph.size or (graph.transform.size if graph.transform else (224, 224))
-    shown = graph.transform and {key: vars(graph.transform)[key] for key in ("mean", "std", "interpolation")}
     named = Path(file).name if Path(file).expanduser().is_file() else file
     return {
         "name": f"onnx:{named}" + (f"#{output}" if output else ""),
@@ -117,31 +116,16 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         "pooling": f"output {output}" if output else "own",
         "input_size": size,
         "transform": graph.transform,
-        "library": "onnx",
         "origin": f"{path}#{output}" if output else str(path),
         "fixed": True,
-        **(shown or {}),
+        **(graph.transform.shown() if graph.transform else {}),
     }
 
 
-def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
-    """The fields that change where a user names tokens or layers: an ONNX file has its outputs only."""
-    raise UsageError(
-        f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=f"--tokens {tokens}, --layers {layers}",
-        expected="one of the outputs of the file, as onnx:FILE#OUTPUT", fix="leave out --tokens and --layers",
-    )  # fmt: skip
-
-
-def load(
-    spec: Backbone,
-    weights: PathLike | None,
-    home: PathLike | None,
-    image_size: tuple[int, int] | None,
-    allow_download: bool,
-) -> tuple[nn.Module, str, str, str]:
+def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
     """The network, the digest of its files, and the name of the file."""
     file, output = _split(spec.origin)
-    path, size = Path(file if weights is None else weights).expanduser(), image_size or spec.input_size
+    path = files.given or Path(file).expanduser()
     graph = _read(spec.name, path, output)
     if graph.size not in (None, size):
         height, width = graph.size or size
@@ -152,11 +136,6 @@ def load(
         )  # fmt: skip
     try_size(spec, graph.network, size)
     return graph.network, graph.digest, path.name, ""
-
-
-def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
-    """Nothing: these networks are `Backbone.fixed`, so that no finetuned model has one."""
-    raise NotImplementedError(spec.name)
 
 
 def _split(text: str) -> tuple[str, str]:

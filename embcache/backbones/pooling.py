@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,14 @@ class Pooling:
         return dim * (2 if self.tokens == "cls+mean" else 1) * max(1, len(self.layers))
 
 
-def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Pooling:
-    """The pooling that a user names, of a model of ``depth`` blocks; ``layers`` is ``last4`` or ``2,5,8,11``."""
+def choose_pooling(
+    spec: Backbone, tokens: str, layers: str | None, offered: Sequence[str], depth: int, width: int
+) -> Mapping[str, Any]:
+    """The fields of a backbone that change with the tokens and layers that a user names.
+
+    ``layers`` is ``last4`` or ``2,5,8,11``; the model has ``depth`` blocks of tokens of a ``width``, and those
+    ``offered``.
+    """
     check_choice("--tokens", tokens, TOKENS)
     numbers: tuple[int, ...] = ()
     if layers is not None:
@@ -53,7 +60,7 @@ def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Po
             numbers = tuple(sorted({int(number) for number in layers.split(",")}))
         if not numbers or numbers[0] < 0 or numbers[-1] >= depth:
             raise UsageError(
-                f"{name} does not have these layers", code="unknown-layers", found=layers, where="--layers",
+                f"{spec.name} does not have these layers", code="unknown-layers", found=layers, where="--layers",
                 expected=f"last1 to last{depth}, or numbers of blocks from 0 to {depth - 1}", fix="--layers last4",
             )  # fmt: skip
         if tokens in ("pooler", "projected"):
@@ -61,22 +68,14 @@ def choose_pooling(name: str, tokens: str, layers: str | None, depth: int) -> Po
                 "the pooler takes the last layer only", code="pooler-layers",
                 found=f"--tokens {tokens} --layers {layers}", fix="--tokens cls, mean or cls+mean",
             )  # fmt: skip
-    return Pooling(tokens, numbers if numbers != (depth - 1,) else ())
-
-
-def check_token(name: str, pooling: Pooling, offered: Sequence[str]) -> None:
-    """Refuse tokens that a model does not have."""
-    if pooling.tokens not in offered:
+    if tokens not in offered:
         raise UsageError(
-            f"{name} has no such token", code="no-such-token", found=f"--tokens {pooling.tokens}",
+            f"{spec.name} has no such token", code="no-such-token", found=f"--tokens {tokens}",
             expected=", ".join(offered), fix=f"--tokens {offered[0]}",
         )  # fmt: skip
-
-
-def count_patches(spec: Backbone, pooling: Pooling) -> int:
-    """Rows of the features of an image of the model's own size: its patches if they are the features, else none."""
-    height, width = spec.input_size
-    return (height // spec.patch) * (width // spec.patch) if pooling.tokens == "patches" else 0
+    pooling = Pooling(tokens, numbers if numbers != (depth - 1,) else ())
+    patches = math.prod(side // spec.patch for side in spec.input_size) if tokens == "patches" else 0
+    return {"pooling": str(pooling), "dim": pooling.width(width), "patches": patches}
 
 
 def try_size(

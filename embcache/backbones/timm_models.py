@@ -27,10 +27,18 @@ from torch import Tensor, nn
 from embcache.backbones.catalog import Backbone, row_of
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
 from embcache.backbones.hub import fetch_file, reaching_hub
-from embcache.backbones.pooling import Pooling, check_token, choose_pooling, count_patches, pool_tokens, try_size
-from embcache.backbones.weights import Published, check_digest, download, find_weights, locate_weights, timm_filename
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
+from embcache.backbones.weights import (
+    Files,
+    Published,
+    check_digest,
+    download,
+    find_weights,
+    locate_weights,
+    timm_filename,
+)
 from embcache.errors import UsageError, WeightsError
-from embcache.paths import PathLike, weights_dir
+from embcache.paths import weights_dir
 
 # What rows of catalog.toml may name as the value of an argument that ends in _layer.
 LAYERS: Mapping[str, Callable[..., nn.Module]] = {"SwiGLUPacked": SwiGLUPacked, "SiLU": nn.SiLU}
@@ -71,7 +79,6 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             "license": str(config.get("license") or "see its model card"),
             "patch": patch_of(model),
             "pooling": "timm",
-            "library": "timm",
             "mean": tuple(map(float, data["mean"])),
             "std": tuple(map(float, data["std"])),
             "interpolation": str(data["interpolation"]),
@@ -100,28 +107,19 @@ def _unusable(model_name: str, error: Exception) -> UsageError:
     )  # fmt: skip
 
 
-def load(
-    spec: Backbone,
-    weights: PathLike | None,
-    home: PathLike | None,
-    image_size: tuple[int, int] | None,
-    allow_download: bool,
-) -> tuple[nn.Module, str, str, str]:
-    """Build a timm model with its weights: from ``weights``, else the weights folder, else the hub or their URL."""
-    folder, origin = weights_dir(home), ""
-    if weights is not None:
-        path: Path | None = locate_weights(spec.name, spec.weights, override=weights, home=home)
-    else:
-        path = find_weights(spec.weights, folder)
+def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
+    """Build a timm model with its weights: those given, else in the weights folder, else of the hub or their URL."""
+    folder, origin = weights_dir(files.home), ""
+    given = locate_weights(spec.name, spec.weights, override=files.given) if files.given else None
+    path = given or find_weights(spec.weights, folder)
     if path is None:
-        path = _fetch(spec, folder, allow_download)
+        path = _fetch(spec, folder, files.allow_download)
         origin = f" of {describe('timm:' + spec.timm)['source']}"  # that of a spec may be a row's
-    checkpoint = read_checkpoint(path, given=weights is not None)
-    if weights is None:
+    checkpoint = read_checkpoint(path, given=given is not None)
+    if not given:
         check_digest(path, checkpoint.sha256, spec.weights)
     module, chosen = _fill(spec, checkpoint.state, path)
-    module = _pooled(spec, module, image_size or spec.input_size)
-    return module, checkpoint.sha256, path.name + origin, chosen if weights is not None else ""
+    return _pooled(spec, module, size), checkpoint.sha256, path.name + origin, chosen if given else ""
 
 
 class TokenPooling(nn.Module):
@@ -145,23 +143,19 @@ class TokenPooling(nn.Module):
 
 def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
-    model = _skeleton(spec.timm, dict(spec.timm_arguments))
-    pooling = choose_tokens(spec.name, model, tokens, layers)
-    dim, patches = pooling.width(int(model.embed_dim)), count_patches(spec, pooling)
-    return {"pooling": str(pooling), "dim": dim, "patches": patches}
+    return choose_tokens(spec, _skeleton(spec.timm, dict(spec.timm_arguments)), tokens, layers)
 
 
-def choose_tokens(name: str, model: Any, tokens: str | None, layers: str | None) -> Pooling:
-    """The pooling that a user names of a vision transformer of timm."""
+def choose_tokens(spec: Backbone, model: Any, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
+    """As `repool`, of a vision transformer of timm."""
     blocks, prefix = getattr(model, "blocks", None), getattr(model, "num_prefix_tokens", None)  # of some of its models
     if blocks is None or prefix is None or not callable(getattr(model, "forward_intermediates", None)):
         raise UsageError(
-            f"the tokens of {name} cannot be chosen", code="no-tokens", found=type(model).__name__,
+            f"the tokens of {spec.name} cannot be chosen", code="no-tokens", found=type(model).__name__,
             expected="a vision transformer", fix="leave out --tokens and --layers",
         )  # fmt: skip
-    pooling = choose_pooling(name, tokens or ("cls" if prefix else "mean"), layers, len(blocks))
-    check_token(name, pooling, ("mean", "patches", *(("cls", "cls+mean") if prefix else ())))
-    return pooling
+    own, offered = ("cls", ("mean", "patches", "cls", "cls+mean")) if prefix else ("mean", ("mean", "patches"))
+    return choose_pooling(spec, tokens or own, layers, offered, len(blocks), int(model.embed_dim))
 
 
 def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,6 +61,10 @@ class Transform:
     def geometry_dict(self) -> dict[str, object]:
         """What decides the pixels before normalization, as JSON; transforms that agree on it share pixels."""
         return {name: self.to_dict()[name] for name in ("resize", "crop", "size", "interpolation")}
+
+    def shown(self) -> dict[str, Any]:
+        """Normalization and filter, as fields of a `Backbone`."""
+        return {name: vars(self)[name] for name in ("mean", "std", "interpolation")}
 
     def geometry(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize and crop one RGB image: uint8 (H, W, 3) → uint8 (*size, 3), contiguous."""

@@ -32,6 +32,15 @@ class Published:
     sha256: str = ""  # or its first digits
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where the files of a model may come from."""
+
+    given: Path | None = None  # a file or folder that the user named
+    home: PathLike | None = None  # decides the weights folder
+    allow_download: bool = True
+
+
 def weights_by_name(
     names: Sequence[str] | None, weights: Sequence[str] | PathLike | Mapping[str, PathLike] | None
 ) -> dict[str, Path]:
