@@ -46,10 +46,11 @@ def draw_canaries(size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def canary_features(network: FrozenNetwork) -> NDArray[np.float32]:
     """What a network makes of the drawn images, float32 (2, \\*row_shape) of one view; refused unless all finite."""
-    spec = network.backbone.spec
+    spec, size = network.backbone.spec, network.transform.size
     expected, made = (2, *spec.row_shape), np.zeros(0, np.float32)
+    fix = "state its output as dim=…, and return one vector per image"
     try:
-        made = network.features(draw_canaries(network.transform.size))
+        made = network.features(draw_canaries(size))
         found = str(made.shape)
     except Exception as error:
         if is_shortage(error):
@@ -58,11 +59,11 @@ def canary_features(network: FrozenNetwork) -> NDArray[np.float32]:
             raise
         # Whatever code of the user raises.
         found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+        fix = f"let it take float32 images, (B, 3, {size[0]}, {size[1]}), and return one tensor; module.float() helps"
     if made.shape != expected:
         raise UsageError(
             f"{spec.name} does not make the features that it states", code="backbone-output",
-            expected=f"{expected} of two images", found=found,
-            fix="state its output as dim=…, and return one vector per image",
+            expected=f"{expected} of two images", found=found, fix=fix,
         )  # fmt: skip
     if bad := int((~np.isfinite(made)).sum()):
         lower = network.precision != "fp32"

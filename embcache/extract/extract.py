@@ -19,7 +19,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
@@ -203,7 +202,7 @@ def open_networks(
         views = (config.views, dataset.augment, config.feature_dtype)
         if spec.module is not None:  # before it is rewritten, and after
             loaded.module.to("cpu")
-            _check_output(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
+            canary_features(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
         networks.append(freeze(loaded, transform, device, precision, *views))
         _check_own_name(make_recipe(networks[-1]), files.folder)
         if dataset.layout in loaded.spec.contaminated:
@@ -213,52 +212,38 @@ def open_networks(
     return networks
 
 
+def _cached_as(name: str, folder: Path) -> list[FeatureStore]:
+    """The stores of a dataset whose features have a name."""
+    stores = [FeatureStore(path) for path in sorted(folder.glob(f"{slug(name)}-*"))]
+    return [store for store in stores if store.recipe.backbone == name]
+
+
 def _find(given: str | Backbone, weights: Path | None, folder: Path, home: PathLike | None) -> Backbone:
     """The backbone of a name; for one of the user's own, that only stores know, a message that says what to type."""
     try:
         return find_backbone(given, folder=weights, home=home)
     except UsageError as unknown:
-        for path in sorted(folder.glob(f"{slug(str(given))}-*")) if unknown.code == "unknown-backbone" else ():
-            recipe = FeatureStore(path).recipe
-            if recipe.backbone == given and recipe.model:
+        for store in _cached_as(str(given), folder) if unknown.code == "unknown-backbone" else ():
+            if store.recipe.model:
                 raise UsageError(
-                    f"{given} is a name of your own: say what it stands for", code="own-name-alone",
-                    expected=recipe.typed, found=str(given), where=path, fix=f"--backbone {shlex.quote(recipe.typed)}",
+                    f"{given} is a name of your own: say what it stands for", code="own-name-alone", where=store.path,
+                    expected=store.recipe.typed, found=str(given), fix=f"--backbone {shlex.quote(store.recipe.typed)}",
                 ) from unknown  # fmt: skip
         raise
 
 
 def _check_own_name(recipe: Recipe, folder: Path) -> None:
     """Refuse a name of the user's own that another model has in this dataset already."""
-    for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")) if recipe.model else ():
-        other = FeatureStore(path).recipe
-        if other.backbone != recipe.backbone or other.model == recipe.model:
-            continue
-        if (other.architecture, other.weights_sha256) != (recipe.architecture, recipe.weights_sha256):
+    network = (recipe.architecture, recipe.weights_sha256)
+    for store in _cached_as(recipe.backbone, folder) if recipe.model else ():
+        other = store.recipe
+        if other.model != recipe.model and (other.architecture, other.weights_sha256) != network:
+            free = f"free the name: rm -r {shlex.quote(str(store.path))}"
             raise UsageError(
                 f"the name {recipe.backbone} is taken by another model of this dataset", code="own-name-taken",
-                expected=other.typed, found=recipe.typed, where=path,
-                fix=(f"--backbone {recipe.backbone}2={recipe.model}", f"free the name: rm -r {shlex.quote(str(path))}"),
+                expected=other.typed, found=recipe.typed, where=store.path,
+                fix=(f"--backbone {recipe.backbone}2={recipe.model}", free),
             )  # fmt: skip
-
-
-def _check_output(network: FrozenNetwork) -> None:
-    """Refuse a network of others whose features are not of the length it states, before any image is read."""
-    spec = network.backbone.spec
-    if spec.module is None:
-        return
-    size, fix = network.transform.size, "state its output as dim=…, and return one vector per image"
-    try:
-        made: object = network.features(np.zeros((1, *size, 3), np.uint8)).shape
-    except Exception as error:  # whatever code of the user raises
-        made = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
-        fix = f"let it take float32 images, (B, 3, {size[0]}, {size[1]}), and return one tensor; module.float() helps"
-    if made != (1, *spec.row_shape):
-        raise UsageError(
-            f"{spec.name} does not make the features that it states", code="backbone-output",
-            expected=f"{(1, *spec.row_shape)} of one image", found=str(made),
-            fix=fix,
-        )  # fmt: skip
 
 
 def _open_store(
@@ -349,16 +334,14 @@ def default_rows(device: str, images: int) -> int:
 def _log_differences(store: FeatureStore, folder: Path) -> None:
     """Log why the features of a backbone that is cached already are computed anew: a stale cache is never used."""
     recipe = store.recipe
-    for path in sorted(folder.glob(f"{slug(recipe.backbone)}-*")):
-        other = FeatureStore(path)
-        another = path != store.path and other.recipe.backbone == recipe.backbone and other.committed()
-        if not another or other.views != store.views:
+    for other in _cached_as(recipe.backbone, folder):
+        if other.path == store.path or other.views != store.views or not other.committed():
             continue  # views are requested by number, so the two are never confused
         differences = recipe.differences(other.recipe)
         what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
         log.info(
-            f"{recipe.backbone} is cached under another recipe ({path.name}: {what}); all images are extracted under "
-            "this one, and `embcache probe --recipe PREFIX` chooses between the two"
+            f"{recipe.backbone} is cached under another recipe ({other.path.name}: {what}); all images are extracted "
+            "under this one, and `embcache probe --recipe PREFIX` chooses between the two"
         )
 
 

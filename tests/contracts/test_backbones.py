@@ -193,9 +193,9 @@ def fail(features: Tensor) -> Tensor:
     [
         (lambda: Wrong(lambda x: {"features": x}), "'dict'"),
         (lambda: Wrong(lambda x: (x,)), "'tuple'"),
-        (lambda: Wrong(lambda x: x[:, :, None, None]), "(1, 8, 1, 1)"),
+        (lambda: Wrong(lambda x: x[:, :, None, None]), "(2, 8, 1, 1)"),
         (lambda: Wrong(lambda x: x[0]), "(8,)"),
-        (lambda: Wrong(lambda x: x[:, :5]), "(1, 5)"),
+        (lambda: Wrong(lambda x: x[:, :5]), "(2, 5)"),
         (lambda: Wrong(fail), "a fault in it"),
         (lambda: Small().double(), "double"),
         (lambda: Small().half(), "Half"),
