@@ -41,19 +41,8 @@ _IDS = (
 )  # fmt: skip
 # Columns of numbers that are no features, unless all features are numbered.
 _OTHERS = (
-    "label",
-    "labels",
-    "target",
-    "targets",
-    "class",
-    "group",
-    "split",
-    "fold",
-    "patient",
-    "patientid",
-    "y",
-    "age",
-)
+    "label", "labels", "target", "targets", "class", "group", "split", "fold", "patient", "patientid", "y", "age",
+)  # fmt: skip
 _MOST_UNPACKED = 1100  # times the size of a file: deflate does not reach that
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
@@ -165,6 +154,14 @@ def _pick(names: Sequence[str], usual: Sequence[str]) -> str | None:
     return next((plain[each] for each in usual if each in plain), None)
 
 
+def _keys(path: Path, names: Sequence[str]) -> tuple[str, str | None]:
+    """The names of the array of features and of that of ids, if there is one."""
+    key = _pick(names, _FEATURES)
+    if key is None:
+        raise _no_features(path, names)
+    return key, _pick([name for name in names if name != key], _IDS)
+
+
 def _no_features(path: Path, names: Sequence[str]) -> DatasetError:
     return DatasetError(
         "no array of a file is called as features are", code="features-not-found", where=path,
@@ -189,11 +186,7 @@ def _read_npy(path: Path, notes: list[str]) -> tuple[Names, Rows]:
 
 def _read_npz(path: Path, notes: list[str]) -> tuple[Names, Rows]:
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        names = list(file.files)
-        key = _pick(names, _FEATURES) or (names[0] if len(names) == 1 else None)
-        if key is None:
-            raise _no_features(path, names)
-        ids = _pick([name for name in names if name != key], _IDS)
+        key, ids = (file.files[0], None) if len(file.files) == 1 else _keys(path, file.files)
         return None if ids is None else _texts(file[ids]), file[key]
 
 
@@ -201,11 +194,9 @@ def _read_hdf5(path: Path, notes: list[str]) -> tuple[Names, Rows]:
     import h5py
 
     with h5py.File(StrictFile(path), "r") as file:
-        names = list(file)
-        key = _pick(names, _FEATURES)
-        ids = _pick([name for name in names if name != key], _IDS)
-        if key is None or (ids is None and "coords" in names):  # one slide of TRIDENT
-            raise _no_features(path, names)
+        key, ids = _keys(path, list(file))
+        if ids is None and "coords" in file:  # one slide of TRIDENT
+            raise _no_features(path, list(file))
         return None if ids is None else _texts(_hdf5_array(file, ids, path)), _hdf5_array(file, key, path)
 
 
@@ -226,9 +217,8 @@ def _read_zarr(path: Path, notes: list[str]) -> tuple[Names, Rows]:
     import zarr
 
     group = zarr.open_group(path, mode="r")
-    names = sorted(group.array_keys())
-    key, ids = _pick(names, _FEATURES), _pick(names, _IDS)
-    if key is None or ids is None:
+    key, ids = _keys(path, names := sorted(group.array_keys()))
+    if ids is None:
         raise _no_features(path, names)
     for name in (key, ids):
         array: Any = group[name]
@@ -246,10 +236,7 @@ def _read_slides(path: Path, notes: list[str]) -> tuple[Names, Rows]:
     names, rows = [], []
     for file in sorted(path.rglob("*.h5")):
         with h5py.File(StrictFile(file), "r") as opened:
-            key = _pick(list(opened), _FEATURES)
-            if key is None:
-                raise _no_features(file, list(opened))
-            rows.append(_hdf5_array(opened, key, file))
+            rows.append(_hdf5_array(opened, _keys(file, list(opened))[0], file))
         names.append(file.relative_to(path).with_suffix("").as_posix())
     notes.append(f"{len(names):,} slides, one .h5 file each, by the names of the files")
     return names, rows
