@@ -191,6 +191,12 @@ def _print_survey(dataset: ImageDataset) -> None:
 
 
 _GATED = {True: "yes", False: "no", None: ""}
+# Fields of a backbone in its details, and those of which only the files of its model say the value.
+_SHOWN = (
+    "dim", "network", "parameters", "pooling", "input_size", "patch", "mean", "std", "interpolation", "source",
+    "license", "gated", "contaminated",
+)  # fmt: skip
+_OF_FILES = ("network", "input_size", "patch", "mean", "std", "interpolation")
 
 
 @command(table=True)
@@ -259,15 +265,14 @@ def backbones(
 def _describe(name: str, home: Path | None) -> Backbone:
     """A backbone with all that is known of it; of a row whose files are not here, no network is asked."""
     row = BACKBONES.get(name)
-    if row is not None and row.repository:
-        if not (find_model(row.repository, home) or find_cached(row.repository, "config.json")):
-            return row
+    if row is None or not row.repository:
+        return find_backbone(name, home=home)
+    if find_model(row.repository, home) or find_cached(row.repository, "config.json"):
         try:
             return find_backbone(name, home=home)
         except EmbcacheError as error:  # the library is not installed, the files are damaged
             print_note(f"{name}: {error.problem}")
-            return row
-    return find_backbone(name, home=home)
+    return row
 
 
 def _searched(spec: Backbone) -> str:
@@ -279,24 +284,16 @@ def _searched(spec: Backbone) -> str:
 def _row(spec: Backbone, status: str) -> dict[str, object]:
     from embcache.backbones.hub import page_of
 
-    row = BACKBONES.get(spec.name, spec)
-    unread = bool(spec.model and not spec.library)  # what only the files of its model say
+    row, shown = BACKBONES.get(spec.name, spec), dict[str, object]()
+    for name in _SHOWN:
+        value = vars(spec)[name]
+        shown[name] = list(value) if isinstance(value, tuple) else value if value or value is False else None
+    if spec.model and not spec.library:
+        shown |= dict.fromkeys(_OF_FILES)
     return {
         "backbone": spec.name,
         "model": row.model or None,
-        "dim": spec.dim or None,
-        "network": None if unread else spec.network,
-        "parameters": spec.parameters or None,
-        "pooling": spec.pooling or None,
-        "input_size": None if unread else list(spec.input_size),
-        "patch": None if unread else spec.patch,
-        "mean": None if unread else list(spec.mean),
-        "std": None if unread else list(spec.std),
-        "interpolation": None if unread else spec.interpolation,
-        "source": spec.source,
-        "license": spec.license or None,
-        "gated": spec.gated,
-        "contaminated": list(spec.contaminated),
+        **shown,
         "page": page_of(row.repository) if row.repository else None,
         "status": status,
         "url": spec.weights.url,
