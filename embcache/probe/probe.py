@@ -238,33 +238,28 @@ def probe_cached(
 
 
 def _sets(head: Head, backbones: Sequence[str], ds: ImageDataset, home: PathLike | None, views: int) -> list[list[str]]:
-    cached = [] if backbones else _cached(head, ds.name, home, views)
-    if head.fuses and backbones:
-        return [list(backbones)]
-    if head.fuses and len(cached) > 1:
-        log.info(f"{ds.name}: {head.name} fuses {', '.join(cached)}, which are cached")
-        return [cached]
-    if head.fuses and cached:
+    names, several = list(backbones) or _cached(head, ds.name, home, views), views > 1
+    if not names:
+        raise StoreNotFoundError(
+            f"no features are cached for {ds.name}" + f" with {views} views of each image" * several,
+            code="store-not-found", where=home_dir(home) / slug(ds.name),
+            fix=extract_command("NAME", ds, home) + f" --views {views}" * several,
+        )  # fmt: skip
+    if head.fuses and not backbones and len(names) == 1:
         raise StoreNotFoundError(
             f"{head.name} fuses backbones, and one is cached for {ds.name}", code="store-not-found",
-            expected="two or more", found=cached[0], where=home_dir(home) / slug(ds.name),
-            fix=(extract_command("NAME", ds, home), f"--backbone {cached[0]}, or --head linear"),
+            expected="two or more", found=names[0], where=home_dir(home) / slug(ds.name),
+            fix=(extract_command("NAME", ds, home), f"--backbone {names[0]}, or --head linear"),
         )  # fmt: skip
-    if not (backbones or cached):
-        raise StoreNotFoundError(
-            f"no features are cached for {ds.name}" + (f" with {views} views of each image" if views > 1 else ""),
-            code="store-not-found", where=home_dir(home) / slug(ds.name),
-            fix=extract_command("NAME", ds, home) + (f" --views {views}" if views > 1 else ""),
-        )  # fmt: skip
-    return [[name] for name in backbones or cached]
+    if head.fuses and not backbones:
+        log.info(f"{ds.name}: {head.name} fuses {', '.join(names)}, which are cached")
+    return [names] if head.fuses else [[name] for name in names]
 
 
 def _cached(head: Head, dataset: str, home: PathLike | None, views: int) -> list[str]:
     """What a head takes of a dataset where no backbones are named."""
-    if not head.fuses:
-        return cached_backbones(dataset, home, views)
-    cached = cached_backbones(dataset, home, views, plain=True)
-    return list(PAPER_SET) if set(PAPER_SET) <= set(cached) else cached
+    cached = cached_backbones(dataset, home, views, plain=head.fuses)
+    return list(PAPER_SET) if head.fuses and set(PAPER_SET) <= set(cached) else cached
 
 
 def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, views: int) -> list[str]:
@@ -294,7 +289,5 @@ def _datasets_with(head: Head, backbones: Sequence[str], home: PathLike | None, 
     for name in names:
         if name not in chosen:
             few = "fewer than two backbones" if least > 1 else "no features"
-            log.info(
-                f"{name} left out: " + (f"{', '.join(lacking[name])} not cached" if lacking[name] else f"{few} cached")
-            )
+            log.info(f"{name} left out: " + (f"{', '.join(lacking[name])} not" if lacking[name] else few) + " cached")
     return chosen
