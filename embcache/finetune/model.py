@@ -208,7 +208,13 @@ def load_fold(
     for name, recipe in recipes.items():
         trusted = (recipe.model or name) in trust
         spec = recipe_backbone(recipe, (weights or {}).get(name), trusted, home)
-        networks[name] = _network_of(recipe, spec, transform)
+        if spec.network != recipe.architecture:
+            raise RecipeError(
+                f"{name} is not the network that was finetuned", code="recipe-differs",
+                expected=recipe.architecture, found=spec.network, where=spec.origin,
+                fix=f"--weights {name}=FOLDER with the model that training began with",
+            )  # fmt: skip
+        networks[name] = empty_backbone(spec, transform.size)
     options = dict(result.request["head"])
     name = options.pop("name")
     head = check_head(find_head(name, options) if name in trust else make_head(name, **options), result.backbones)
@@ -219,16 +225,6 @@ def load_fold(
     model.load(tensors, where=run / model_file(fold), fix=fix)
     model.train(False)
     return FinetunedModel(model, transform, tuple(result.class_names))
-
-
-def _network_of(recipe: Recipe, spec: Backbone, transform: Transform) -> nn.Module:
-    if spec.network != recipe.architecture:
-        raise RecipeError(
-            f"{recipe.backbone} is not the network that was finetuned", code="recipe-differs",
-            expected=recipe.architecture, found=spec.network, where=spec.origin,
-            fix=f"--weights {recipe.backbone}=FOLDER with the model that training began with",
-        )  # fmt: skip
-    return empty_backbone(spec, transform.size)
 
 
 def model_file(fold: int) -> str:
