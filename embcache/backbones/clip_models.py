@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from embcache.backbones.checkpoints import find_network, hash_tensors, load_strictly, read_checkpoint
 from embcache.backbones.hub import canonical_name, fetch_file, not_fetched
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
+from embcache.backbones.pooling import Pooling, choose_pooling, features_of, pool_tokens, try_size, vector_length
 from embcache.backbones.timm_models import TokenPooling, choose_tokens, fit_size, patch_of
 from embcache.backbones.transforms import Transform
 from embcache.backbones.weights import Files, Published, find_model, find_weights, need, refusing, timm_filename
@@ -132,13 +132,8 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         tower = design.skeleton()
         side = tower.image_size
         size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-        shape = _shape(tower, size)
-    if len(shape) != 2:
-        raise UsageError(
-            f"{name} does not pool its features into one vector", code="no-vector", found=str(shape),
-            expected="an output of shape (1, D)", fix="load it in a function of your own: --backbone module:function",
-        )  # fmt: skip
-    prepared, patch = _prepared(name, design, size), patch_of(tower.trunk) if design.trunk else 1
+        dim = vector_length(name, tower, size, "load it in a function of your own: --backbone module:function")
+    patch = patch_of(tower.trunk) if design.trunk else 1
     canonical = canonical_name(name)
     model, _, tag = canonical.removeprefix("open_clip:").rpartition("/")
     if _known(model):
@@ -147,13 +142,13 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     return {
         "name": canonical,
         "network": design.network,
-        "dim": shape[1],
+        "dim": dim,
         "parameters": sum(parameter.numel() for parameter in tower.parameters()),
         "source": canonical.removeprefix("open_clip:"),
         "patch": max(tower.patch_size) if design.kind == "VisionTransformer" else patch,
         "pooling": "projected",
         "input_size": size,
-        **prepared,
+        **_prepared(name, design, size),
         "weights": Published(filename=timm_filename(canonical.removeprefix("open_clip:")) if elsewhere else ""),
         "origin": text,
     }
@@ -175,7 +170,8 @@ def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[st
         offered += ["pooler", *(("cls", "mean", "cls+mean", "patches") if tower.attn_pool is None else ())]
     chosen = choose_pooling(spec, tokens or "cls", layers, offered, depth, 1)
     with _refused(spec.name):
-        return {**chosen, "dim": _shape(_pooled(design, tower, Pooling.parse(chosen["pooling"])), spec.input_size)[-1]}
+        module = _pooled(design, tower, Pooling.parse(chosen["pooling"]))
+        return {**chosen, "dim": features_of(module, spec.input_size).shape[-1]}
 
 
 def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module, str, str, str]:
@@ -233,13 +229,6 @@ def _pooled(design: Design, tower: Any, pooling: Pooling) -> nn.Module:
         tower.proj = None
     module: nn.Module = tower
     return module
-
-
-def _shape(module: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the features of one image."""
-    device = next(module.parameters()).device
-    with torch.inference_mode():
-        return tuple(module.eval()(torch.zeros(1, 3, *size, device=device)).shape)
 
 
 def _prepared(name: str, design: Design, size: tuple[int, int]) -> Mapping[str, Any]:

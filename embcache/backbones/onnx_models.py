@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embcache.backbones.pooling import try_size
+from embcache.backbones.pooling import try_size, vector_length
 from embcache.backbones.transforms import MOST_SIDE, Transform
 from embcache.backbones.weights import Files, find_model, need, refusing
 from embcache.errors import UsageError, WeightsError, first_few
@@ -105,11 +105,13 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         )  # fmt: skip
     graph = _read(name, path, output)
     size = graph.size or (graph.transform.size if graph.transform else (224, 224))
+    with _refused(name):
+        dim = vector_length(name, graph.network, size, "name another output: onnx:FILE#OUTPUT")
     named = Path(file).name if Path(file).expanduser().is_file() else file
     return {
         "name": f"onnx:{named}" + (f"#{output}" if output else ""),
         "network": f"onnx {graph.digest[:16]}",
-        "dim": _length(name, graph.network, size),
+        "dim": dim,
         "parameters": graph.parameters,
         "source": path.name,
         "license": "not stated",
@@ -233,18 +235,6 @@ def _transform(name: str, path: Path, embedded: str | None) -> Transform | None:
             found=f"{error}: {text[:200]}", where=where, fix=f"write {beside}",
         ) from error  # fmt: skip
     return transform
-
-
-def _length(name: str, network: OnnxNetwork, size: tuple[int, int]) -> int:
-    """Length of the vector that the network makes of each of two images."""
-    with _refused(name), torch.inference_mode():
-        shape = tuple(network(torch.zeros(2, 3, *size)).shape)
-    if len(shape) != 2 or shape[0] != 2:
-        raise UsageError(
-            f"{name} does not make one vector per image", code="no-vector", found=f"{shape} of two images",
-            expected="an output of shape (B, D)", fix="name another output: onnx:FILE#OUTPUT",
-        )  # fmt: skip
-    return int(shape[1])
 
 
 def _refused(name: str) -> AbstractContextManager[None]:

@@ -78,6 +78,24 @@ def choose_pooling(
     return {"pooling": str(pooling), "dim": pooling.width(width), "patches": patches}
 
 
+def features_of(module: nn.Module, size: tuple[int, int], images: int = 1) -> Any:
+    """What a network makes of black images of a height and width, where its parameters are."""
+    device = next((parameter.device for parameter in module.parameters()), None)
+    with torch.inference_mode():
+        return module.eval()(torch.zeros(images, 3, *size, device=device))
+
+
+def vector_length(name: str, module: nn.Module, size: tuple[int, int], fix: str, code: str = "no-vector") -> int:
+    """Length of the vector that a network makes of each of two images of its own size."""
+    shape = tuple(features_of(module, size, 2).shape)
+    if len(shape) != 2 or shape[0] != 2:
+        raise UsageError(
+            f"{name} does not pool its features into one vector per image", code=code, found=f"{shape} of two images",
+            expected="an output of shape (B, D)", fix=fix,
+        )  # fmt: skip
+    return int(shape[1])
+
+
 def try_size(
     spec: Backbone, module: nn.Module, size: tuple[int, int], fit: Callable[[], object] = lambda: None
 ) -> None:
@@ -86,8 +104,7 @@ def try_size(
         if any(side % spec.patch for side in size):
             raise ValueError(f"a patch of {spec.patch} pixels, which does not divide the sides")
         fit()
-        with torch.inference_mode():
-            module.eval()(torch.zeros(1, 3, *size))
+        features_of(module, size)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise UsageError(
             f"{spec.name} cannot take images of {size[1]}×{size[0]}", code="image-size",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from embcache.backbones.catalog import Backbone, row_of
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
 from embcache.backbones.hub import fetch_file, reaching_hub
-from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
+from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size, vector_length
 from embcache.backbones.weights import (
     Files,
     Published,
@@ -73,7 +73,7 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
         return {
             "name": name,
             "network": f"timm {model_name}",
-            "dim": _feature_length(model, (height, width), name),
+            "dim": vector_length(name, model, (height, width), _CHOOSE, "timm-pooling"),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "source": str(config.get("hf_hub_id") or config.get("url") or "its own weights, given with --weights"),
             "license": str(config.get("license") or "see its model card"),
@@ -166,7 +166,7 @@ def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
 def _pooled(spec: Backbone, module: nn.Module, size: tuple[int, int]) -> nn.Module:
     """A timm model with the pooling of a backbone, for images of a height and width."""
     if size != spec.input_size:
-        _resize(module, spec, size)
+        try_size(spec, module, size, lambda: fit_size(module, size))
     return module if spec.pooling == "timm" else TokenPooling(module, Pooling.parse(spec.pooling))
 
 
@@ -210,24 +210,6 @@ def _skeleton(model_name: str, arguments: Mapping[str, Any]) -> Any:
     except (RuntimeError, NotImplementedError):
         # Some networks look at their own numbers while they are built, which meta tensors do not have.
         return _create(model_name, arguments)
-
-
-def _feature_length(model: nn.Module, size: tuple[int, int], name: str) -> int:
-    """Length of the vector that the model makes of one image of its own size."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        shape = tuple(model.eval()(torch.zeros(1, 3, *size, device=device)).shape)
-    if len(shape) != 2:
-        raise UsageError(
-            f"{name} does not pool its features into one vector", code="timm-pooling",
-            expected="an output of shape (1, D)", found=str(shape), fix=_CHOOSE,
-        )  # fmt: skip
-    return int(shape[1])
-
-
-def _resize(module: Any, spec: Backbone, image_size: tuple[int, int]) -> None:
-    """Fit a model to images of another size, and try one."""
-    try_size(spec, module, image_size, lambda: fit_size(module, image_size))
 
 
 def fit_size(model: Any, image_size: tuple[int, int]) -> None:
