@@ -44,10 +44,10 @@ from embcache.fields import bare_name
 from embcache.log import log, shown
 from embcache.paths import PathLike, slug, weights_dir
 from embcache.sealed import canonical_json
-from embcache.store.commit import place_store, store_path, write_snapshot
+from embcache.store.commit import create_store, store_path, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.reading import read_header
-from embcache.store.schema import Recipe, StoreHeader
+from embcache.store.schema import Recipe
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -264,14 +264,13 @@ def _open_store(
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
         see = partial(first_batch, files.root, sources, network, pool, decoding_of(config))
         runtime = _gate(network.executed_by(runtime, _kept(network, home)), see, requested)
-    header = StoreHeader(
-        recipe, config.format or "zarr", network.row_shape,
+    canaries = cache(partial(canary_features, network))
+    path = create_store(
+        files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(), runtime=runtime,
         provenance={"weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime)},
     )  # fmt: skip
-    canaries = cache(partial(canary_features, network))
-    path = place_store(files.folder, header, config.format, canaries)
     store = FeatureStore(path)
     if store.recipe.backbone != recipe.backbone:
         log.info(

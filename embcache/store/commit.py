@@ -44,25 +44,17 @@ def create_store(
     recipe: Recipe,
     *,
     format: str | None = None,
-    row_shape: Sequence[int],
-    rows_per_shard: int,
-    batch_size: int,
-    threads: int,
-    provenance: Mapping[str, Any] | None = None,
+    canaries: Callable[[], np.ndarray] | None = None,
+    **settled: Any,
 ) -> Path:
-    """Create the store of ``recipe``, or find the existing one."""
+    """Create the store of ``recipe``, or find the existing one.
+
+    ``settled`` are the other fields of a `StoreHeader`; ``canaries`` makes the features of the drawn images of a store
+    that is not there yet.
+    """
     check_choice("--format", format or "zarr", FORMATS)
-    shape, sizes = tuple(map(int, row_shape)), (int(rows_per_shard), int(batch_size), int(threads))
-    header = StoreHeader(recipe, format or "zarr", shape, *sizes, dict(provenance or {}))
-    return place_store(Path(dataset_dir), header, format)
-
-
-def place_store(
-    dataset_dir: Path, header: StoreHeader, format: str | None = None, canaries: Callable[[], np.ndarray] | None = None
-) -> Path:
-    """As `create_store`; ``canaries`` makes the features of the drawn images of a store that is not there yet."""
-    recipe = header.recipe
-    store, files = store_path(dataset_dir, recipe), {"recipe.json": seal(header.to_json())}
+    header = StoreHeader(recipe, format or "zarr", tuple(settled.pop("row_shape")), **settled)
+    store, files = store_path(Path(dataset_dir), recipe), {"recipe.json": seal(header.to_json())}
     if canaries is not None and not store.is_dir():
         files[reading.CANARIES] = _sealed_canaries(canaries())
     with disk.writing(store):

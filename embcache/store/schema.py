@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -173,7 +173,7 @@ class StoreHeader:
     rows_per_shard: int
     batch_size: int
     threads: int
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     runtime: str = "eager"  # what executes the network
 
     def __post_init__(self) -> None:
