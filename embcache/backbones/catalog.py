@@ -341,8 +341,8 @@ def known_backbone(
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
-        found = _library(prefix).describe(name, folder or find_model(rest, home))
-        spec = Backbone(**{"library": prefix, "license": "see its model card", **found})
+        described = _library(prefix).describe(name, folder or find_model(rest, home))
+        spec = Backbone(**{"library": prefix, "license": "see its model card", **described})
         row = vars(row_of(name) or spec)
         facts = {key: row[key] for key in ("source", "license", "contaminated", "gated")}
         return replace(spec, **{key: value for key, value in facts.items() if value not in ("", (), None)})

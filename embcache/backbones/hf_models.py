@@ -100,16 +100,14 @@ class ImageTower(nn.Module):
 def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     """The fields of the `Backbone` of a model of transformers, by its own configuration; ``folder`` has its files."""
     files = folder or _folder(name, _FILES)
-    transformers = _transformers()
-    with _refused(name):
-        config = transformers.AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    transformers, config = _transformers(), _config(name, files)
     if getattr(config, "auto_map", None):  # of the file
         raise UsageError(
             f"{name} needs code of its repository, which is not run", code="remote-code", where=files / "config.json",
             found="auto_map", expected="an architecture of transformers",
             fix="load it in a function of your own: --backbone module:function",
         )  # fmt: skip
-    tower = getattr(config, "vision_config", config)
+    tower = _tower(config)
     sort = _TOWERS.get(config.model_type, config.model_type)
     if sort not in FAMILIES:
         raise UsageError(
@@ -140,10 +138,7 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
 
 def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:
     """The fields that change where a user names tokens or layers."""
-    files = _folder(f"hf:{spec.origin}", _FILES)
-    config = _transformers().AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-    config = getattr(config, "vision_config", config)
-    family = _family(spec)
+    config, family = _tower(_config(spec.name, _folder(f"hf:{spec.origin}", _FILES))), _family(spec)
     offered = [family.pooling, "mean", "patches", *(("cls", "cls+mean") if family.class_token else ())]
     offered = list(dict.fromkeys([*offered, *["pooler"] * family.pooler]))
     return choose_pooling(spec, tokens or family.pooling, layers, offered, config.num_hidden_layers, config.hidden_size)
@@ -180,12 +175,9 @@ def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module
 
 def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
     """The image tower for images of this height and width, by its configuration, its weights still to be filled."""
-    files, transformers = _folder(f"hf:{spec.origin}", _FILES), _transformers()
+    config = _tower(_config(spec.name, _folder(f"hf:{spec.origin}", _FILES)))
     with _refused(spec.name), torch.random.fork_rng(devices=[]):
-        config = transformers.AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-        tower = transformers.AutoModel.from_config(
-            getattr(config, "vision_config", config), dtype=torch.float32, **dict(_family(spec).arguments)
-        )
+        tower = _transformers().AutoModel.from_config(config, dtype=torch.float32, **dict(_family(spec).arguments))
     return _pooled(spec, tower, image_size)
 
 
@@ -249,6 +241,16 @@ def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -
         except LocalEntryNotFoundError as error:
             raise unavailable(str(error).partition("\n")[0]) from error
     return Path(fetched)
+
+
+def _config(name: str, folder: Path) -> Any:
+    with _refused(name):
+        return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _tower(config: Any) -> Any:
+    """The configuration of the image tower, of a model of images and texts too."""
+    return getattr(config, "vision_config", config)
 
 
 def _family(spec: Backbone) -> Family:

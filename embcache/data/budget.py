@@ -77,16 +77,22 @@ class Budget:
 _shared = Budget(_MOST + (1 << 30))
 
 
-def default_max_pixels() -> int:
-    """``$EMBCACHE_MAX_PIXELS``, else `MAX_PIXELS`."""
-    return check_max_pixels(os.environ.get("EMBCACHE_MAX_PIXELS") or MAX_PIXELS)
+def check_max_pixels(value: int | str | None = None) -> int:
+    """The limit on pixels: ``value``, else ``$EMBCACHE_MAX_PIXELS``, else `MAX_PIXELS`; `UsageError` if it is none."""
+    text = str(os.environ.get("EMBCACHE_MAX_PIXELS") or MAX_PIXELS if value is None else value)
+    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= MOST_PIXELS):
+        raise UsageError(
+            "--max-pixels (EMBCACHE_MAX_PIXELS) is out of bounds", code="option-bounds",
+            expected=f"a number of pixels, 1 to {MOST_PIXELS:,}", found=text[:40], fix=f"--max-pixels {MAX_PIXELS}",
+        )  # fmt: skip
+    return int(text)
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How the images of one run are decoded."""
 
-    max_pixels: int = field(default_factory=default_max_pixels)
+    max_pixels: int = field(default_factory=check_max_pixels)
     budget: Budget = _shared  # default: one for all threads of the process
     _noted: dict[str, list[str]] = field(default_factory=dict)
 
@@ -114,17 +120,6 @@ class Decoding:
     def notes(self) -> list[str]:
         """One line for each thing that was noted."""
         return [f"{len(names):,} images: {what} ({first_few(sorted(names), 3)})" for what, names in self._noted.items()]
-
-
-def check_max_pixels(value: int | str) -> int:
-    """The limit on pixels; `UsageError` where it cannot be one."""
-    text = str(value)
-    if not (text.isascii() and text.isdecimal() and len(text) <= 13 and 1 <= int(text) <= MOST_PIXELS):
-        raise UsageError(
-            "--max-pixels (EMBCACHE_MAX_PIXELS) is out of bounds", code="option-bounds",
-            expected=f"a number of pixels, 1 to {MOST_PIXELS:,}", found=text[:40], fix=f"--max-pixels {MAX_PIXELS}",
-        )  # fmt: skip
-    return int(text)
 
 
 def pixels_of(reason: str) -> int:

@@ -132,7 +132,7 @@ def extract(
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
     started, config, stop = time.monotonic(), config or ExtractConfig(), stop or Stop()
-    devices, decoding = split_devices(config.device), decoding_of(config)
+    devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     threads = config.workers or max(1, default_workers() // len(devices))
     others = _configs_of_others(backbones, devices, config, threads)
     quarantine = Quarantine(dataset, image_root(dataset), config, home)
@@ -167,11 +167,6 @@ def extract(
     computed = [sum(images) for images in zip(engine.computed, *crew.computed, strict=True)]
     seconds = time.monotonic() - started
     return [_summarize(o, dataset, images, config, seconds) for o, images in zip(owed, computed, strict=True)]
-
-
-def decoding_of(config: ExtractConfig) -> Decoding:
-    """How images are decoded under a config: the limit on pixels."""
-    return Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
 
 
 def open_networks(
@@ -262,7 +257,7 @@ def _open_store(
     runtime = runtime or choose_runtime(requested, device, network.precision, len(dataset))
     if runtime not in ("eager", usual):
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
-        see = partial(first_batch, files.root, sources, network, pool, decoding_of(config))
+        see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
         runtime = _gate(network.executed_by(runtime, _kept(network, home)), see, requested)
     canaries = cache(partial(canary_features, network))
     path = create_store(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from embcache.store.commit import (
 from embcache.store.feature_store import FeatureStore, import_command, list_stores
 from embcache.store.schema import FOREIGN, Recipe
 
+_T = TypeVar("_T")
 _ROWS_PER_SHARD = 4096
 _SUFFIX = re.compile(r"(\.(ome|nii))?\.[A-Za-z][A-Za-z0-9]{0,5}$", re.IGNORECASE)
 NO_FEATURES = "no features were imported for it"
@@ -155,6 +156,13 @@ def _stem(name: str) -> str:
     return _SUFFIX.sub("", name)
 
 
+def _grouped(pairs: Iterable[tuple[str, _T]]) -> dict[str, list[_T]]:
+    groups: dict[str, list[_T]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 def match_names(names: Sequence[str], dataset: ImageDataset, file: Path) -> tuple[dict[str, int], str, list[str]]:
     """Row of the file by id of the image, what names were compared with, and names that no image has.
 
@@ -180,16 +188,10 @@ def match_names(names: Sequence[str], dataset: ImageDataset, file: Path) -> tupl
     ]  # fmt: skip
     best: tuple[str, dict[str, list[str]], dict[str, list[int]]] = ("", {}, {})
     for rule, of_name, of_image in rules:
-        known: dict[str, list[str]] = {}
-        for id_, path in images:
-            for key in of_image(id_, path):
-                known.setdefault(key, []).append(id_)
-        found: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            for id_ in known.get(of_name(name), ()):
-                found.setdefault(id_, []).append(row)
+        known = _grouped((key, id_) for id_, path in images for key in of_image(id_, path))
+        hits = {name: known.get(of_name(name), []) for name in names}
+        found = _grouped((id_, row) for row, name in enumerate(names) for id_ in hits[name])
         if len(found) > len(best[2]):
-            hits = {name: known.get(of_name(name), []) for name in names}
             best = rule, hits, found
         if len(found) == len(images):
             break
@@ -245,17 +247,10 @@ def _shard_rows(owed: Sequence[str], known: set[str], rows: dict[str, int], feat
 
 
 def _others(path: Path, backbone: str, home: PathLike | None) -> list[str]:
-    others = [
-        store.path.name
-        for store in list_stores(home, path.parent.name)
-        if store.recipe.backbone == backbone and store.path != path
-    ]
-    if not others:
-        return []
-    return [
-        f"other features are cached under the same name ({', '.join(others)}): --recipe {path.name[-12:]} chooses "
-        "these, and rm -r drops a store that is not wanted"
-    ]
+    stores = [store for store in list_stores(home, path.parent.name) if store.recipe.backbone == backbone]
+    others = ", ".join(store.path.name for store in stores if store.path != path)
+    said = f"other features are cached under the same name ({others}): --recipe {path.name[-12:]} chooses these, "
+    return [said + "and rm -r drops a store that is not wanted"] if others else []
 
 
 def refuse_foreign(names: Sequence[str], dataset: ImageDataset, home: PathLike | None) -> None:

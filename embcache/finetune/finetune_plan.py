@@ -125,7 +125,7 @@ def load_networks(
         )  # fmt: skip
     device = _pick_device(config)
     schedule = choose_schedule(specs, config)
-    decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
+    decoding = Decoding(check_max_pixels(config.max_pixels))
     files = scan_dataset(dataset, home, pool, decoding)
     transforms = choose_transforms(specs, config.transform, files.sizes)
     geometry = transforms[specs[0].name]  # the same for all

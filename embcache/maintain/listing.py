@@ -16,6 +16,7 @@ import numpy as np
 
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.fields import bare_name
@@ -285,12 +286,12 @@ def dry_run(
     names: Sequence[str], dataset: ImageDataset, config: ExtractConfig | None = None, *, home: PathLike | None = None
 ) -> list[DryRun]:
     """Compare what an extraction with this config wants with what is cached; nothing is written."""
-    from embcache.extract.extract import decoding_of, open_networks
+    from embcache.extract.extract import open_networks
     from embcache.extract.scan import scan_dataset
 
     config = config or ExtractConfig()
     with ThreadPoolExecutor(default_workers()) as pool:
-        files = scan_dataset(dataset, home, pool, decoding_of(config))
+        files = scan_dataset(dataset, home, pool, Decoding(check_max_pixels(config.max_pixels)))
         networks = open_networks(names, dataset, files, config, home=home)
         return [
             _one(name, network, dataset, files, home, config.retry_quarantined)

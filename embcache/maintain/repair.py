@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from embcache.cores import default_workers
-from embcache.data.budget import Decoding, check_max_pixels, default_max_pixels, pixels_of
+from embcache.data.budget import Decoding, check_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, UsageError, first_few
@@ -140,7 +140,7 @@ class SampleCheck:
 def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = Rebuild()) -> SampleCheck:
     """Compute ``number`` random rows of a store again from their images; raises as `make_again`."""
     header = read_header(path)
-    decoding = Decoding() if how.max_pixels is None else Decoding(check_max_pixels(how.max_pixels))
+    decoding = Decoding(check_max_pixels(how.max_pixels))
     maker = make_again(path, dataset, how)
     store = FeatureStore(path).restrict(dataset.table["id"])
     if not len(store):
@@ -352,7 +352,7 @@ class _Repair:
         on_rows: Callable[[int], object],
     ) -> ShardRows:  # fmt: skip
         """Rows of a damaged shard; an error where one that was valid, or may have been, would not be any more."""
-        sources, limit = self.sources(ids), self.max_pixels or default_max_pixels()
+        sources, limit = self.sources(ids), self.max_pixels or check_max_pixels()
         rows = maker(sources, pool, batch, on_rows, Decoding(limit))
         known, lost = self.lost_rows(number, rows)
         if known and (needed := max(map(pixels_of, lost.values()), default=0)):

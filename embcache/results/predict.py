@@ -187,7 +187,7 @@ def predict(
         )  # fmt: skip
     if config.by_group is not None:
         check_target(config.by_group.expanduser())
-    decoding = Decoding() if config.max_pixels is None else Decoding(check_max_pixels(config.max_pixels))
+    decoding = Decoding(check_max_pixels(config.max_pixels))
     result, folder = find_run_anywhere(run, home)
     usable = [fold.fold for fold in result.folds if not fold.failed]
     if unknown := [fold for fold in config.folds if fold not in usable]:
