@@ -199,10 +199,10 @@ def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module
     return _fitted(spec, design, tower, size), digest, path.name, found.describe(path) if files.given else ""
 
 
-def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+def build(spec: Backbone, size: tuple[int, int]) -> nn.Module:
     """The image tower for images of this height and width, its weights still to be filled."""
     design = _design(spec.name, spec.origin)
-    return _fitted(spec, design, design.tower(image_size), image_size)
+    return _fitted(spec, design, design.tower(size), size)
 
 
 def _of_images(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -173,12 +173,12 @@ def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module
     return module, hash_state(tower), origin, ""
 
 
-def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+def build(spec: Backbone, size: tuple[int, int]) -> nn.Module:
     """The image tower for images of this height and width, by its configuration, its weights still to be filled."""
     config = _tower(_config(spec.name, _folder(f"hf:{spec.origin}", _FILES)))
     with _refused(spec.name), torch.random.fork_rng(devices=[]):
         tower = _transformers().AutoModel.from_config(config, dtype=torch.float32, **dict(_family(spec).arguments))
-    return _pooled(spec, tower, image_size)
+    return _pooled(spec, tower, size)
 
 
 def _pooled(spec: Backbone, tower: Any, size: tuple[int, int]) -> ImageTower:

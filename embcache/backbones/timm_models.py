@@ -158,9 +158,9 @@ def choose_tokens(spec: Backbone, model: Any, tokens: str | None, layers: str | 
     return choose_pooling(spec, tokens or own, layers, offered, len(blocks), int(model.embed_dim))
 
 
-def build(spec: Backbone, image_size: tuple[int, int]) -> nn.Module:
+def build(spec: Backbone, size: tuple[int, int]) -> nn.Module:
     """Build a timm model for images of this height and width, its weights still to be filled."""
-    return _pooled(spec, _create(spec.timm, dict(spec.timm_arguments)), image_size)
+    return _pooled(spec, _create(spec.timm, dict(spec.timm_arguments)), size)
 
 
 def _pooled(spec: Backbone, module: nn.Module, size: tuple[int, int]) -> nn.Module:
