@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from embcache.backbones.catalog import Backbone, row_of
 from embcache.backbones.checkpoints import HEADS, find_network, load_strictly, read_checkpoint
-from embcache.backbones.hub import fetch_file, reaching_hub
+from embcache.backbones.hub import fetch_file, not_fetched, page_of, reaching_hub
 from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size, vector_length
 from embcache.backbones.weights import (
     Files,
@@ -221,8 +221,9 @@ def fit_size(model: Any, image_size: tuple[int, int]) -> None:
 def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
     """The weights that a model's configuration points to: from the hub and its cache, else from a URL."""
     filename = spec.weights.filename
+    unavailable = _unavailable(spec.timm, filename, folder)
     if not allow_download:
-        raise _unavailable(spec.timm, "downloads are not allowed here", filename, folder)
+        raise unavailable("downloads are not allowed here")
     config: Mapping[str, Any]
     if spec.timm.startswith("hf-hub:"):
         try:
@@ -234,7 +235,6 @@ def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
         known = timm.get_pretrained_cfg(spec.timm)
         config = {} if known is None else {"url": known.url, "hf_hub_filename": known.hf_hub_filename}
     if repository := _repository(spec.timm):
-        unavailable = functools.partial(_unavailable, spec.timm, filename=filename, folder=folder)
         return fetch_file(spec.name, repository, _candidates(config.get("hf_hub_filename")), unavailable)
     url = config.get("url")
     if isinstance(url, str) and url:
@@ -262,8 +262,7 @@ def _candidates(filename: str | None) -> Sequence[str]:
 
 def _hub(model_name: str, file: str) -> AbstractContextManager[None]:
     """The hub's failures to give a file of a model as one message."""
-    unavailable = functools.partial(_unavailable, model_name, filename="", folder=None)
-    return reaching_hub(model_name, _repository(model_name), file, unavailable)
+    return reaching_hub(model_name, _repository(model_name), file, _unavailable(model_name))
 
 
 def _repository(model_name: str) -> str:
@@ -274,17 +273,14 @@ def _repository(model_name: str) -> str:
     return str((known and known.hf_hub_id) or "")
 
 
-def _unavailable(model_name: str, reason: str, filename: str, folder: Path | None) -> WeightsError:
+def _unavailable(model_name: str, filename: str = "", folder: Path | None = None) -> Callable[[str], WeightsError]:
+    """Makes the error for a model that cannot be fetched; ``folder`` is for its weights, if only they are wanted."""
     repository = _repository(model_name)
-    page = f"https://huggingface.co/{repository}"
     if model_name.startswith("hf-hub:") or folder is None:
-        url, where = page, str(hub_constants.HF_HUB_CACHE)
-        fix = f"on a machine with a network: hf download {repository}\nthen copy its folder to {where}"
-    else:
-        known = timm.get_pretrained_cfg(model_name)
-        url = f"{page}/resolve/main/model.safetensors" if repository else str((known and known.url) or "")
-        where = str(folder)
-        fix = f"on a machine with a network: curl -L -o {filename} {url}\nthen put it at {folder / filename}"
-    return WeightsError(
-        f"{model_name} cannot be fetched", code="download-failed", expected=url, found=reason, where=where, fix=fix
+        return not_fetched(model_name, repository, f"copy its folder to {hub_constants.HF_HUB_CACHE}")
+    known = timm.get_pretrained_cfg(model_name)
+    url = f"{page_of(repository)}/resolve/main/model.safetensors" if repository else str((known and known.url) or "")
+    fix = f"on a machine with a network: curl -L -o {filename} {url}\nthen put it at {folder / filename}"
+    return lambda reason: WeightsError(
+        f"{model_name} cannot be fetched", code="download-failed", expected=url, found=reason, where=folder, fix=fix
     )

@@ -228,9 +228,7 @@ def import_(
 
     answer = {
         "dataset": found.name, "backbone": backbone_name, "store": str(store.path),
-        "fingerprint": store.recipe.fingerprint, "features": done.features, "added": done.added,
-        "matched_by": done.matched_by, "ignored": list(done.ignored), "without": list(done.without),
-        "notes": list(done.notes),
+        "fingerprint": store.recipe.fingerprint, **{key: value for key, value in vars(done).items() if key != "store"},
     }  # fmt: skip
     following = ["probe", "--head", "linear", "--subset", "S,M,F", "--backbone", backbone_name, "--dataset", found.name]
     return Answer(answer, show, following)
