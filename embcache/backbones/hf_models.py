@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
+import numpy as np
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from embcache.backbones.checkpoints import hash_state
 from embcache.backbones.hub import canonical_name, is_repository, not_fetched, reaching_hub
 from embcache.backbones.pooling import Pooling, choose_pooling, pool_tokens, try_size
-from embcache.backbones.transforms import Transform
+from embcache.backbones.transforms import MOST_SIDE, Transform
 from embcache.backbones.weights import Files, find_model, need, refusing
 from embcache.errors import UsageError, WeightsError
 from embcache.sealed import canonical_json
@@ -58,8 +59,12 @@ FAMILIES: Mapping[str, Family] = {
     "vit_mae": Family("cls", "layernorm", pooler=False, masked=True),
 }
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models of images and texts
-# What names a file or a version rather than a network.
-_VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype")
+# What decides the features of these families and shows neither in the names nor in the shapes of their tensors.
+_COUNTED = (
+    "hidden_act", "image_size", "layer_norm_eps", "num_attention_heads", "num_register_tokens", "patch_size",
+    "rope_theta",
+)  # fmt: skip
+_OURS = {"local_files_only": True, "trust_remote_code": False}
 _FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # of Pillow
@@ -99,7 +104,7 @@ class ImageTower(nn.Module):
 
 def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     """The fields of the `Backbone` of a model of transformers, by its own configuration; ``folder`` has its files."""
-    files = folder or _folder(name, _FILES)
+    files = folder if folder is not None and folder.is_dir() else _folder(name, _FILES)
     transformers, config = _transformers(), _config(name, files)
     if getattr(config, "auto_map", None):  # of the file
         raise UsageError(
@@ -115,23 +120,24 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
             found=config.model_type, expected=", ".join([*FAMILIES, *_TOWERS]),
             fix="load it in a function of your own: --backbone module:function",
         )  # fmt: skip
-    family, transform = FAMILIES[sort], _transform(name, transformers, files)
-    canonical = {key: value for key, value in tower.to_diff_dict().items() if key not in _VOLATILE}
-    digest = hashlib.sha256(canonical_json(canonical).encode()).hexdigest()
-    with torch.device("meta"):
+    family, prepared = FAMILIES[sort], _prepared(name, transformers, files)
+    with _refused(name, files), torch.device("meta"):
+        counted = {key: value for key, value in tower.to_dict().items() if key in _COUNTED}
+        digest = hashlib.sha256(canonical_json(counted).encode()).hexdigest()
         network = transformers.AutoModel.from_config(tower, **dict(family.arguments))
         parameters = sum(parameter.numel() for parameter in network.parameters())
+        dim, patch = Pooling(family.pooling).width(tower.hidden_size), range(1, MOST_SIDE)[int(tower.patch_size) - 1]
+        size = prepared["transform"].size if prepared["transform"] else (int(tower.image_size),) * 2
     return {
         "name": canonical_name(name),
         "network": f"transformers {sort} {digest[:16]}",
-        "dim": Pooling(family.pooling).width(tower.hidden_size),
+        "dim": dim,
         "parameters": parameters,
         "source": canonical_name(name).removeprefix("hf:"),
-        "patch": int(tower.patch_size),
+        "patch": patch,
         "pooling": family.pooling,
-        **transform.shown(),
-        "input_size": transform.size,
-        "transform": transform,
+        **prepared,
+        "input_size": size,
         "origin": str(folder) if folder is not None else name.removeprefix("hf:"),
     }
 
@@ -154,10 +160,10 @@ def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module
             expected="model.safetensors", fix="convert it: model.save_pretrained(FOLDER) writes safetensors",
         )  # fmt: skip
     transformers, family = _transformers(), _family(spec)
-    with _refused(spec.name):
+    with _refused(spec.name, folder):
         model, found = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-            output_loading_info=True, **dict(family.arguments),
+            folder, config=_config(spec.name, folder), use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True, **_OURS, **dict(family.arguments),
         )  # fmt: skip
     tower = getattr(model, "vision_model", model)  # of a model of images and texts
     prefix = "vision_model." if tower is not model else ""
@@ -194,37 +200,39 @@ def _pooled(spec: Backbone, tower: Any, size: tuple[int, int]) -> ImageTower:
     return module
 
 
-def _transform(name: str, transformers: Any, folder: Path) -> Transform:
-    """The preprocessing of a model, from its processor's file, as a `Transform`."""
-    with _refused(name):
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
-    pair = (size.get("height"), size.get("width"))
-    resize = pair if None not in pair else size.get("shortest_edge")
-    cropped = (crop.get("height"), crop.get("width")) if getattr(processor, "do_center_crop", None) else None
-    final = cropped or (resize if isinstance(resize, tuple) else None)
-    if not processor.do_resize or resize is None or final is None or getattr(processor, "do_pad", None):
-        raise UsageError(
-            f"the preprocessing of {name} is not one that embcache can make", code="unknown-preprocessing",
-            found=f"size {size}, crop {crop}", expected="a resize to one size, or of the shorter side with a crop",
-            where=folder / "preprocessor_config.json", fix="embcache extract --transform imagenet …",
-        )  # fmt: skip
-    # ((x · f) − mean) / std of pixels x is ((x / 255) − mean / s) / (std / s) with s = 255 · f.
-    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
-    means, stds = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0,) * 3, (1,) * 3)
-    mean, std = ([float(value) / scale for value in values] for values in (means, stds))
-    filter_, settled = _FILTERS[int(processor.resample)], {"resize": resize, "crop": cropped, "size": final}
-    return Transform.from_dict({"kind": "model", **settled, "interpolation": filter_, "mean": mean, "std": std})
+def _prepared(name: str, transformers: Any, folder: Path) -> Mapping[str, Any]:
+    """Normalization and filter of a model, and the transform of its processor's file if it is one of embcache's."""
+    if not any((folder / file).is_file() for file in _FILES[1:]):
+        return {"transform": None}
+    with _refused(name, folder):
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **_OURS)
+        size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+        pair = (size.get("height"), size.get("width"))
+        resize = pair if None not in pair else size.get("shortest_edge")
+        cropped = (crop.get("height"), crop.get("width")) if getattr(processor, "do_center_crop", None) else None
+        final = cropped or (resize if isinstance(resize, tuple) else None)
+        # ((x · f) − mean) / std of pixels x is ((x / 255) − mean / s) / (std / s) with s = 255 · f.
+        scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+        means, stds = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0,) * 3, (1,) * 3)
+        mean, std = (tuple(float(value) / scale for value in values) for values in (means, stds))
+        if len(mean) != 3 or not (np.isfinite([*mean, *std]).all() and min(std) > 0):
+            raise ValueError(f"image_mean {means}, image_std {stds}")
+        shown = {"mean": mean, "std": std, "interpolation": _FILTERS[int(processor.resample)]}
+        if not processor.do_resize or resize is None or final is None or getattr(processor, "do_pad", None):
+            return {**shown, "transform": None}
+        settled = {"kind": "model", "resize": resize, "crop": cropped, "size": final, **shown}
+        return {**shown, "transform": Transform.from_dict(settled)}
 
 
 def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -> Path:
     """The folder of a model's files: the one named, that in the weights folder, or the hub's, fetched if need be."""
     text = name.removeprefix("hf:")
-    if (found := find_model(text)) is not None:
+    if (found := find_model(text)) is not None and found.is_dir():
         return found
-    if not is_repository(text):
+    if not is_repository(text) or found is not None:
         raise WeightsError(
-            f"the model {name} is not here", code="weights-not-found", found="no folder with a config.json",
+            f"the model {name} is not here", code="weights-not-found",
+            found="a file" if found is not None else "no folder with a config.json",
             where=Path(text), expected="hf:ORG/NAME, hf:FOLDER, or a folder in the weights folder",
             fix=f"--weights {name}=FOLDER",
         )  # fmt: skip
@@ -244,8 +252,12 @@ def _folder(name: str, patterns: tuple[str, ...], allow_download: bool = True) -
 
 
 def _config(name: str, folder: Path) -> Any:
-    with _refused(name):
-        return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with _refused(name, folder):
+        config = _transformers().AutoConfig.from_pretrained(folder, **_OURS)
+        # A file can name an attention that transformers would fetch as code from the hub.
+        config._attn_implementation = "sdpa"
+        config.return_dict = _tower(config).return_dict = True
+        return config
 
 
 def _tower(config: Any) -> Any:
@@ -264,7 +276,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _refused(name: str) -> AbstractContextManager[None]:
+def _refused(name: str, folder: Path | None = None) -> AbstractContextManager[None]:
     """What transformers refuses as one message."""
     files = "config.json, preprocessor_config.json and model.safetensors of one of its architectures"
-    return refusing("transformers", name, "transformers-refuses", files)
+    return refusing("transformers", name, "transformers-refuses", files, folder)

@@ -113,10 +113,15 @@ def try_size(
         ) from error  # fmt: skip
 
 
-def pool_tokens(states: Sequence[Tensor], tokens: str, prefix: int) -> Tensor:
-    """Features (B, D), or (B, T, D) of patches, of the layers' tokens, (B, ``prefix`` + T, d) each."""
+def pool_tokens(
+    states: Sequence[Tensor], tokens: str, prefix: int, norm: Callable[[Tensor], Tensor] = lambda pooled: pooled
+) -> Tensor:
+    """Features (B, D), or (B, T, D) of patches, of the layers' tokens, (B, ``prefix`` + T, d) each.
+
+    ``norm`` is that of a model which norms what is pooled.
+    """
     pooled = []
     for state in states:
         parts = {"cls": state[:, 0], "mean": state[:, prefix:].mean(1)} if tokens != "patches" else {}
-        pooled += [parts[part] for part in tokens.split("+")] if parts else [state[:, prefix:]]
+        pooled += [norm(parts[part]) for part in tokens.split("+")] if parts else [norm(state[:, prefix:])]
     return torch.cat(pooled, dim=-1)

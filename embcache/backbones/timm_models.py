@@ -134,11 +134,16 @@ class TokenPooling(nn.Module):
         """Features of images; every layer passes the final norm."""
         layers = list(self.pooling.layers) or 1
         found = self.model.forward_intermediates(
-            images, indices=layers, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
-        )
+            images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True,
+            return_prefix_tokens=self.model.num_prefix_tokens > 0,
+        )  # fmt: skip
         # Without prefix tokens timm gives the patches alone.
         states = [torch.cat([each[1], each[0]], dim=1) if isinstance(each, tuple) else each for each in found]
-        return pool_tokens(states, self.pooling.tokens, self.model.num_prefix_tokens)
+        # Models that average patches may norm what is pooled instead of the tokens.
+        parts = dict(self.model.named_children())
+        late = isinstance(parts.get("norm"), nn.Identity) and "fc_norm" in parts
+        more = {"norm": parts["fc_norm"]} if late else {}
+        return pool_tokens(states, self.pooling.tokens, self.model.num_prefix_tokens, **more)
 
 
 def repool(spec: Backbone, tokens: str | None, layers: str | None) -> Mapping[str, Any]:

@@ -131,7 +131,8 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
             raise UsageError(
                 f"{backbone.name} has no preprocessing of its own that embcache can make", code="no-model-transform",
                 expected="paper or imagenet" + ", or its own in FILE.json beside the ONNX file" * own,
-                found="none in the file or beside it" if own else kind, fix="embcache extract --transform imagenet …",
+                found="none in the file or beside it" if own else "none, or another, in its files",
+                fix="embcache extract --transform imagenet …",
             )  # fmt: skip
         return _model_transform(backbone)
     if kind == "paper":

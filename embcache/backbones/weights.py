@@ -265,14 +265,15 @@ def need(module: str, prefix: str, extra: str) -> Any:
 
 
 @contextlib.contextmanager
-def refusing(library: str, name: str, code: str, expected: str) -> Iterator[None]:
-    """What a library refuses of a model as one message."""
+def refusing(library: str, name: str, code: str, expected: str, where: object = None) -> Iterator[None]:
+    """What a library refuses of a model, whose files are at ``where``, as one message."""
     try:
         yield
     except EmbcacheError:
         raise
     except Exception as error:  # libraries raise whatever a file of others brings about
         raise WeightsError(
-            f"{library} cannot load {name}", code=code, expected=expected,
+            f"{library} cannot load {name}", code=code, expected=expected, where=where,
             found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300],
+            fix="copy the model's files again; if they are whole, load it in a function of your own: module:function",
         ) from error  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,117 @@ def test_models_are_found_in_the_weights_folder_of_a_home(
         find_backbone("hf:net", home=tmp_path / "other")
 
 
+EVIL = "import pathlib\npathlib.Path({mark!r}).touch()\nclass Evil:\n    pass\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_code_of_a_folder_is_run_nor_asked_for(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: np.ndarray
+) -> None:
+    folder = tmp_path / family
+    model = make(family, folder)
+    before = load_backbone(f"hf:{folder}").module(pixels_of(image, f"hf:{folder}"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (folder / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "mark")))
+    config = json.loads((folder / "config.json").read_text())
+    for each in (config, config.get("vision_config", {})):
+        each["attn_implementation"] = each["_attn_implementation"] = "someone/kernel"  # transformers fetches such code
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_backbone(f"hf:{folder}").module(pixels_of(image, f"hf:{folder}"))
+    assert torch.equal(loaded, before)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    del processor["image_processor_type"]
+    processor["auto_map"] = {"AutoImageProcessor": "evil.Evil", "AutoFeatureExtractor": "evil.Evil"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with contextlib.suppress(WeightsError):
+        find_backbone(f"hf:{folder}")
+    assert not (tmp_path / "mark").exists()
+    assert model is not None
+
+
+# What a config.json says that changes no feature: how the model was trained, its classes, the version that wrote it.
+CHANGES_NOTHING = {
+    "drop_path_rate": 0.3, "problem_type": "single_label_classification", "initializer_range": 0.5,
+    "finetuning_task": "grading", "output_hidden_states": True, "return_dict": False, "transformers_version": "4.30.0",
+    "architectures": ["Other"], "dtype": "bfloat16", "id2label": {"0": "a", "1": "b", "2": "c"},
+    "label2id": {"a": 0, "b": 1, "c": 2}, "hidden_dropout_prob": 0.2, "attention_dropout": 0.1,
+}  # fmt: skip
+
+
+def test_the_recipe_counts_what_decides_features_and_nothing_else(tmp_path: Path, image: np.ndarray) -> None:
+    make("dinov2", tmp_path / "net")
+    plain = load_backbone(f"hf:{tmp_path / 'net'}")
+    x = pixels_of(image, f"hf:{tmp_path / 'net'}")
+    for key, value in CHANGES_NOTHING.items():
+        shutil.copytree(tmp_path / "net", tmp_path / key)
+        config = json.loads((tmp_path / key / "config.json").read_text())
+        (tmp_path / key / "config.json").write_text(json.dumps({**config, key: value}))
+        other = load_backbone(f"hf:{tmp_path / key}")
+        assert (other.spec.network, other.weights_sha256) == (plain.spec.network, plain.weights_sha256), key
+        assert torch.equal(other.module(x), plain.module(x)), key
+    for key, value in {"hidden_act": "relu", "layer_norm_eps": 0.1, "num_attention_heads": 4}.items():
+        shutil.copytree(tmp_path / "net", tmp_path / key)
+        config = json.loads((tmp_path / key / "config.json").read_text())
+        (tmp_path / key / "config.json").write_text(json.dumps({**config, key: value}))
+        other = load_backbone(f"hf:{tmp_path / key}")
+        assert other.spec.network != plain.spec.network, key
+        assert not torch.equal(other.module(x), plain.module(x)), key
+
+
+# Keys that the library's networks read and that show in their tensors, or matter in training or for texts only.
+SHOWN = """
+    apply_layernorm attention_dropout attention_probs_dropout_prob decoder_hidden_size decoder_intermediate_size
+    decoder_num_attention_heads decoder_num_hidden_layers drop_path_rate encoder_stride eos_token_id
+    hidden_dropout_prob hidden_size id initializer_factor initializer_range intermediate_size key_bias
+    layerscale_value logit_scale_init_value mask_ratio max_position_embeddings mlp_bias mlp_ratio norm_pix_loss
+    num_channels num_hidden_layers num_labels pooler_act pooler_output_size pos_embed_jitter pos_embed_rescale
+    pos_embed_shift proj_bias projection_dim projection_size qkv_bias query_bias reshape_hidden_states
+    return_class_token text_config use_gated_mlp use_mask_token use_swiglu_ffn value_bias vision_config
+    vision_use_head vocab_size
+"""
+
+
+def test_every_key_that_the_networks_read_is_counted_or_known_not_to_matter() -> None:
+    from embcache.backbones.hf_models import _COUNTED
+
+    folder = Path(tf.__file__).parent / "models"
+    for name in ("dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "vit", "vit_mae"):
+        source = (folder / name / f"modeling_{name}.py").read_text("utf-8")
+        read = set(re.findall(r"config\.([a-z][a-z_]*)", source))
+        assert read <= {*SHOWN.split(), *_COUNTED}, name
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"patch_size": 0}), ("config.json", {"patch_size": [14, 14]}),
+        ("config.json", {"hidden_size": "wide"}),
+        ("preprocessor_config.json", {"image_mean": 0.5}), ("preprocessor_config.json", {"image_std": [0, 1, 1]}),
+        ("preprocessor_config.json", {"resample": None}), ("preprocessor_config.json", {"rescale_factor": 0}),
+    ],
+)  # fmt: skip
+def test_odd_values_in_the_files_of_a_model_are_one_message(tmp_path: Path, file: str, changes: dict[str, Any]) -> None:
+    make("dinov2", tmp_path / "net")
+    content = json.loads((tmp_path / "net" / file).read_text())
+    (tmp_path / "net" / file).write_text(json.dumps({**content, **changes}))
+    with refused(WeightsError, "transformers-refuses") as caught:
+        find_backbone(f"hf:{tmp_path / 'net'}")
+    assert str(tmp_path / "net") in str(caught.value)
+    with refused(WeightsError, "weights-not-found"):
+        find_backbone(f"hf:{tmp_path / 'net' / 'config.json'}")
+
+
+def test_a_model_without_preprocessing_needs_one_that_is_stated(tmp_path: Path, images: Path) -> None:
+    make("vit", tmp_path / "net")
+    (tmp_path / "net" / "preprocessor_config.json").unlink()
+    dataset = load_dataset("folder", images)
+    with refused(UsageError, "no-model-transform"):
+        extract_features(f"hf:{tmp_path / 'net'}", dataset, home=tmp_path / "home")
+    store = extract_features(f"hf:{tmp_path / 'net'}", dataset, home=tmp_path / "home", transform="imagenet")
+    assert isinstance(store, FeatureStore)
+    assert len(store) == len(dataset)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_network_takes_the_tensors_of_a_loaded_one(family: str, tmp_path: Path) -> None:
     make(family, tmp_path / family)
@@ -272,6 +385,23 @@ def test_tokens_of_timm_are_those_of_forward_features(name: str) -> None:
         expected = torch.cat([tokens[:, 0], tokens[:, prefix:].mean(1)], 1)
         torch.testing.assert_close(TokenPooling(model, Pooling("cls+mean"))(x), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(TokenPooling(model, Pooling("patches"))(x), tokens[:, prefix:])
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_vit4", "test_vit_relpos"])  # they norm what they average
+def test_the_mean_of_timm_is_its_own_average_after_its_norm(name: str) -> None:
+    import timm
+
+    from embcache.backbones.pooling import Pooling
+    from embcache.backbones.timm_models import TokenPooling
+
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_classes=0).eval()
+    with torch.no_grad():
+        model.fc_norm.weight.uniform_(0.5, 2)
+    x = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
+    with torch.inference_mode():
+        assert not torch.equal(model.forward_features(x).mean(1), model(x))
+        torch.testing.assert_close(TokenPooling(model, Pooling("mean"))(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_timm_model_pools_its_tokens_as_a_loaded_one(tmp_path: Path) -> None:
