@@ -30,7 +30,7 @@ def test_the_fingerprint_is_the_sha256_of_canonical_json() -> None:
     assert canonical_json({"b": [0.1, 1e22], "a": "é"}) == '{"a":"é","b":[0.1,1e+22]}'
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe) if field.name != "model"])
 def test_every_field_is_part_of_the_fingerprint(field: str) -> None:
     changes = {"transform": {**RECIPE.transform, "size": [256, 256]}, "precision": "bf16", "numerics": 2}
     other = recipe(**{field: changes.get(field, "something else")})
