@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,14 @@ from pathlib import Path
 import pytest
 
 from embcache.backbones.catalog import LoadedBackbone
+from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract import extract as run
+from embcache.extract.engines import devices as other_devices
 from embcache.extract.engines.local import Stop, stop_on_signals
 from embcache.extract.extract import default_rows, extract_features
+from embcache.log import shown
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import read_commit
 from tests.extract.conftest import draw
@@ -173,8 +177,20 @@ def test_a_device_that_dies_leaves_its_shard_to_the_others_and_is_told(
     answer, err = finish(
         start(images, "--batch-size", "2", "--device", "cpu,cpu", TINY_WAITS=helping(home), TINY_HELPERS=helpers)
     )
-    assert "the process on cpu ended before its work was done" in err
+    assert "the process on cpu ended before its work was done; the others continue without it: signal 9" in err
     assert contents(Path(str(answer["store"]))) == whole
+
+
+def test_a_device_that_is_done_before_the_others_ends_well(
+    images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(other_devices, "COMMAND", (sys.executable, "-m", "tests.extract.tiny_run", "--helper"))
+    dataset, said = load_dataset("folder", images), list[str]()
+    crew = other_devices.Crew([ExtractConfig(device="cpu")], dataset, ["random"], home, Stop())
+    with shown(said.append), crew:
+        (process,) = crew._processes
+        assert process.wait(100) == 0  # while its standard input is open
+    assert (crew.computed, said) == ([[20]], [])
 
 
 def test_a_signal_reaches_every_device_and_their_shards_are_committed(images: Path, home: Path) -> None:

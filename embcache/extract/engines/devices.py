@@ -7,6 +7,7 @@ when it is closed, as the system does for a run that was killed. One that dies l
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -105,7 +106,7 @@ class Crew:
         """Log what a process reports and how it ended; waiting for it frees its leases at once."""
         assert process.stdout is not None
         last: deque[str] = deque(maxlen=3)
-        reason = None
+        reason, done = None, False
         for raw in process.stdout:
             line = raw.decode("utf-8", "replace").rstrip()
             try:
@@ -120,10 +121,12 @@ class Crew:
                 reason = message["text"]
             else:
                 self.computed.append(message["computed"])
+                done = True
         process.stdout.close()
         status = process.wait()
-        if status and not self._stop.killed:
-            what = reason or f"exit status {status}" + "".join(f"\n  {line}" for line in last)
+        if not (done or self._stop.killed):
+            how = f"exit status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
+            what = reason or how + "".join(f"\n  {line}" for line in last)
             log.warning(
                 f"the process on {device} ended before its work was done; the others continue without it: {what}"
             )
