@@ -59,6 +59,21 @@ def _quota(files: Path) -> float:
     return min(allowed)
 
 
+def proc_info(name: str) -> dict[str, str]:
+    """``name: value`` lines of a file, the first of each name; none where the system is not Linux."""
+    try:
+        lines = Path("/proc", name).read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can, as Linux names it; empty elsewhere."""
+    info = proc_info("cpuinfo")
+    return {*info.get("flags", "").split(), *info.get("Features", "").split()}
+
+
 def settle_openmp() -> None:
     """Let threads of OpenMP share a machine: set before torch is imported, and only what the user has not set."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from embcache.backbones.weights import need
+from embcache.cores import cpu_flags
 from embcache.errors import UsageError, check_choice
 from embcache.io import replacing
 
@@ -164,6 +165,12 @@ def check_runtime(name: str, device: str, precision: str) -> None:
                 f"the runtime {name} does not fit", code="runtime-unfit", expected=f"{what} {' or '.join(expected)}",
                 found=found, fix="--runtime eager",
             )  # fmt: skip
+    if name == "openvino" and precision == "bf16" and not {"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags():
+        # It computes in bfloat16 all the same, slower than in fp32; a signal then killed the process.
+        raise UsageError(
+            "this processor has no bfloat16", code="runtime-unfit", expected="avx512_bf16, amx_bf16 or bf16",
+            found="none of them in /proc/cpuinfo", fix="--precision fp32, or --runtime eager",
+        )  # fmt: skip
 
 
 def runtime_version(name: str) -> dict[str, str]:

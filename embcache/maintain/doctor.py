@@ -24,7 +24,7 @@ from PIL import Image
 import embcache
 from embcache.backbones.catalog import BACKBONES, weights_status
 from embcache.backbones.hub import why_refused, why_unreachable
-from embcache.cores import usable_cores
+from embcache.cores import cpu_flags, proc_info, usable_cores
 from embcache.data.images import DECODER_VERSION, decode_image
 from embcache.data.published import DATASETS, default_root
 from embcache.errors import EmbcacheError
@@ -181,9 +181,9 @@ def gated_weights() -> list[dict[str, str]]:
 
 def machine() -> dict[str, Any]:
     """Operating system, processor with what it can, cores, threads and memory."""
-    info, memory = _proc("cpuinfo"), _proc("meminfo")
+    info, memory = proc_info("cpuinfo"), proc_info("meminfo")
     total, free = (memory.get(name, "").removesuffix("kB").strip() for name in ("MemTotal", "MemAvailable"))
-    flags = {*info.get("flags", "").split(), *info.get("Features", "").split()}
+    flags = cpu_flags()
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": info.get("model name") or platform.processor() or platform.machine(),
@@ -249,12 +249,3 @@ def _per_second(work: Callable[[], object]) -> float:
         wait()
         count += 1
     return count / seconds
-
-
-def _proc(name: str) -> dict[str, str]:
-    """``name: value`` lines of a file, the first of each name; none where the system is not Linux."""
-    try:
-        lines = Path("/proc", name).read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}

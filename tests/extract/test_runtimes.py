@@ -120,8 +120,16 @@ def test_a_network_that_a_runtime_does_not_know_stays_with_torch(
         run_extraction(["random:1"], dataset, home=tmp_path, runtime="openvino")
 
 
-def test_outside_fp32_the_runtime_is_part_of_the_recipe(dataset: ImageDataset, tmp_path: Path) -> None:
+def test_outside_fp32_the_runtime_is_part_of_the_recipe(
+    dataset: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("openvino")
+    monkeypatch.setattr(runtimes, "cpu_flags", lambda: {"avx2"})
+    with refused(UsageError, "runtime-unfit"):
+        run_extraction(["random"], dataset, home=tmp_path, precision="bf16", runtime="openvino")
+    # OpenVINO's bfloat16 needs a processor with it.
+    monkeypatch.setattr(runtimes, "cpu_flags", lambda: {"amx_bf16"})
+    monkeypatch.setattr(Compiled, "__call__", lambda self, images: self.network(images))
     (ours,) = run_extraction(["random"], dataset, home=tmp_path, precision="bf16")
     (other,) = run_extraction(["random"], dataset, home=tmp_path, precision="bf16", runtime="openvino")
     assert (ours.store.recipe.precision, other.store.recipe.precision) == ("bf16", "bf16+openvino")
