@@ -162,7 +162,8 @@ class LoadedBackbone:
 
     ``module`` maps normalized images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
     ``weights_sha256`` is the digest of the checkpoint file or, if there is none, of the tensors (see ``hash_state``);
-    ``weights_source`` describes where they came from, ``inferred`` what was chosen in a file of the user.
+    ``weights_source`` describes where they came from, ``inferred`` what was chosen in a file of the user, and ``given``
+    is the path of that file or folder.
     """
 
     spec: Backbone
@@ -170,6 +171,7 @@ class LoadedBackbone:
     weights_sha256: str
     weights_source: str
     inferred: str = ""
+    given: str = ""
 
 
 def _read_row(name: str, row: dict[str, Any]) -> Backbone:
@@ -394,7 +396,8 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
-    spec = find_backbone(name, imports=imports, folder=None if weights is None else Path(weights), home=home)
+    given = None if weights is None else Path(weights).expanduser()
+    spec = find_backbone(name, imports=imports, folder=given, home=home)
     if not spec.pretrained:
         if weights is not None:
             raise UsageError(
@@ -415,8 +418,8 @@ def load_backbone(
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
     with _for_own_name(spec.name if spec.model else "", weights):
         if spec.library:
-            files = Files(None if weights is None else Path(weights).expanduser(), home, allow_download)
-            return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size))
+            files = Files(given, home, allow_download)
+            return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size), given)
         path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
@@ -427,11 +430,15 @@ def load_backbone(
     if spec.timm:
         state = networks.rename_efficientnet(state, module)
     checkpoints.load_strictly(module, state, where=path)
-    return _freeze(spec, module, checkpoint.sha256, path.name, found.describe(path) if weights is not None else "")
+    chosen = found.describe(path) if weights is not None else ""
+    return _freeze(spec, module, checkpoint.sha256, path.name, chosen, given)
 
 
-def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "") -> LoadedBackbone:
-    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred)
+def _freeze(
+    spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "", given: Path | None = None
+) -> LoadedBackbone:
+    where = str(given.resolve()) if given else ""
+    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred, where)
 
 
 def weights_status(name: str, home: PathLike | None = None) -> str:

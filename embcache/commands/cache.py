@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -305,6 +306,8 @@ def verify(
     if not stores and not unread:
         raise _nothing_cached(backbone, dataset, recipe, home)
     weights = parse_weights(list(config.weights), backbone or None)
+    if config.sample:
+        _require_checkpoints(stores, weights, home)
     check = _Verification(config, weights, home, tuple(backbone), partial(echo, err=json == "-"))
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers, failed = list[dict[str, Any]](), False
@@ -340,6 +343,18 @@ def verify(
         print_table(["dataset", "backbone", "recipe", "shards", "rows", "damage"], rows)
 
     return Answer({"ok": not failed, "stores": answers, "snapshots": snapshots, "unread": unread}, show, failed=failed)
+
+
+def _require_checkpoints(stores: Sequence[Path], weights: Mapping[str, Path], home: Path | None) -> None:
+    """Name the checkpoints of all stores that --weights lacks, before the first is read."""
+    from embcache.extract.extract import require_checkpoints
+    from embcache.store.reading import read_header
+
+    recipes = []
+    for path in stores:
+        with suppress(StoreError):
+            recipes.append(read_header(path).recipe)
+    require_checkpoints(recipes, weights, home)
 
 
 class _Loader:
