@@ -253,14 +253,21 @@ def find_backbone(
     if isinstance(name, Backbone):
         return name
     own, model = bare_name(name), name.removeprefix(bare_name(name))[1:]
-    if model:
+    if own != name:
+        if not model:
+            raise _names_nothing(name, f"{own}=one of: " + FORMS.rpartition(", ")[0], f"{own}=timm:resnet18")
+        if bare_name(model) != model:
+            raise UsageError(
+                f"{own} stands for another name of your own", code="own-name", expected="one name and its model",
+                found=name, fix=f"--backbone {own}={model.partition('=')[2]}",
+            )  # fmt: skip
         if not OWN_NAME.fullmatch(own) or own in backbones or own == "pixels":
             raise UsageError(
                 f"{own!r} cannot be the name of a backbone of your own", code="own-name", found=name,
                 expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",
                 fix=f"--backbone mine={model}",
             )  # fmt: skip
-        with _for_own_name(own, folder):
+        with _for_own_name(own, model, folder):
             found = find_backbone(model, imports=imports, folder=folder, home=home)
         return replace(found, name=own, model=found.model or found.name)
     spec = known_backbone(name, imports=imports, folder=folder, home=home)
@@ -277,8 +284,15 @@ def find_backbone(
     return found
 
 
+def _names_nothing(name: str, expected: str, example: str) -> UsageError:
+    return UsageError(
+        f"{name!r} does not say which model", code="no-model-named", expected=expected, found="nothing behind it",
+        fix=f"--backbone {example}",
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
-def _for_own_name(own: str, weights: PathLike | None) -> Iterator[None]:
+def _for_own_name(own: str, model: str, weights: PathLike | None) -> Iterator[None]:
     """Weights that cannot be had, of a name of the user's own (empty: of no such name): say how to name their file."""
     try:
         yield
@@ -288,7 +302,7 @@ def _for_own_name(own: str, weights: PathLike | None) -> Iterator[None]:
         more = [error.fix] if error.fix and "--weights" not in error.fix else []
         raise WeightsError(
             error.problem, code=error.code, expected=error.expected, found=error.found, where=error.where,
-            fix=(f"--weights {own}=FILE", *more),
+            fix=(f"--weights {own}={'FOLDER' if model.startswith('hf:') else 'FILE'}", *more),
         ) from error  # fmt: skip
 
 
@@ -298,6 +312,10 @@ def known_backbone(
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
+        if not rest.removeprefix("hf-hub:").strip():
+            forms = [form for form in FORMS.split(", ") if form.startswith(f"{prefix}:")]
+            known = (row.model for row in BACKBONES.values() if row.model.startswith(f"{prefix}:"))
+            raise _names_nothing(name, ", ".join(forms), next(known, forms[0]))
         described = _library(prefix).describe(name, folder or find_model(rest, home))
         spec = Backbone(**{"library": prefix, "license": "see its model card", **described})
         row = vars(row_of(name) or spec)
@@ -416,7 +434,7 @@ def load_backbone(
                 ) from error  # fmt: skip
         module = networks.resnet50(seed=spec.seed or 0)
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
-    with _for_own_name(spec.name if spec.model else "", weights):
+    with _for_own_name(spec.name if spec.model else "", spec.model, weights):
         if spec.library:
             files = Files(given, home, allow_download)
             return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size), given)

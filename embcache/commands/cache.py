@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
+from embcache.commands.options import ORIGINS, Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
 from embcache.commands.output import (
     ProgressBar,
     counted,
@@ -209,7 +209,7 @@ def export(
     store = open_store(backbone[0], found, home=home, recipe=config.recipe, views=config.views)
     written = export_features(store, found, target, format=config.format, overwrite=config.force)
     echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
-    print_note(f"labels and splits are from the {origin} dataset")
+    print_note(f"labels and splits of {found.name} are those of {ORIGINS[origin]}")
     if store.quarantined:
         print_note(f"{len(store.quarantined):,} images that could not be read are left out")
 

@@ -21,7 +21,15 @@ from typing import Any
 
 import torch
 
-from embcache.backbones.catalog import BACKBONES, LIBRARIES, Backbone, find_backbone, load_backbone, repool, weights_status
+from embcache.backbones.catalog import (
+    BACKBONES,
+    LIBRARIES,
+    Backbone,
+    find_backbone,
+    load_backbone,
+    repool,
+    weights_status,
+)
 from embcache.backbones.pooling import Pooling
 from embcache.backbones.runtimes import choose_runtime, departure, runtime_version
 from embcache.backbones.transforms import Transform, choose_transform
@@ -330,15 +338,18 @@ def default_rows(device: str, images: int) -> int:
 
 def _log_differences(store: FeatureStore, folder: Path) -> None:
     """Log why the features of a backbone that is cached already are computed anew: a stale cache is never used."""
-    recipe = store.recipe
+    recipe, found = store.recipe, list[str]()
     for other in _cached_as(recipe.backbone, folder):
         if other.path == store.path or other.views != store.views or not other.committed():
             continue  # views are requested by number, so the two are never confused
         differences = recipe.differences(other.recipe)
         what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        found.append(f"{other.path.name}: {what}")
+    if found:
+        others = "another recipe" if len(found) == 1 else f"{len(found)} other recipes"
         log.info(
-            f"{recipe.backbone} is cached under another recipe ({other.path.name}: {what}); all images are extracted "
-            "under this one, and `embcache probe --recipe PREFIX` chooses between the two"
+            f"{recipe.backbone} is cached under {others} ({'; '.join(found)}); all images are extracted "
+            f"under this one, and `embcache probe --recipe PREFIX` chooses one"
         )
 
 

@@ -161,7 +161,7 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision.partition("+")[0]]
     tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
     other, bad = (tuple(np.array(ids)[flags].tolist()) for flags in (changed, ~rows.valid))
-    worst = ids[int(off.argmax())] if compared.any() else ""
+    worst = ids[int(off.argmax())] if off.max() > 0 else ""
     return SampleCheck(int(compared.sum()), other, bad, max(float(off.max()), 0.0), tolerance, worst)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -135,7 +135,7 @@ class Recipe:
     def weights_option(self, file: str = "") -> str:
         """The option that names the weights, which were in a file or folder; ``FILE`` or ``FOLDER`` if it is gone."""
         what = "FOLDER" if self.architecture.startswith("transformers ") else "FILE"
-        return f"--weights {shlex.quote(f'{self.backbone}={file if file and os.path.exists(file) else what}')}"
+        return f"--weights {shlex.quote(f'{self.backbone}={file if file and Path(file).exists() else what}')}"
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name; ``model`` only where the name is of the user's own."""

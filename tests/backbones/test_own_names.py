@@ -130,7 +130,8 @@ def test_checkpoints_of_ones_own_are_asked_for_and_never_fetched(
     damaged.write_bytes(damaged.read_bytes()[:-1])
     found = embcache("verify", "--dataset", "toy", "--backbone", "two")
     advice = f"embcache verify --repair --dataset toy --backbone two --weights two={files['two']}"
-    assert found.exit_code == 1 and f"try: {advice}" in found.stdout
+    assert found.exit_code == 1
+    assert f"try: {advice}" in found.stdout
     assert embcache(*advice.split()[1:]).exit_code == 0
 
 
@@ -170,6 +171,36 @@ def test_a_name_stands_for_one_model(dataset: ImageDataset, files: dict[str, Pat
     assert "own name" not in embcache("info", "--backbone", "one").stdout
     assert f"one ({RESNET})" in embcache("info", "--backbone", "one").stdout
     assert "none needed" in embcache("backbones", "mine=random:2").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("hf:", "hf:microsoft/rad-dino"),
+        ("onnx:", "onnx:FILE"),
+        ("onnx: ", "onnx:FILE"),
+        ("timm:", "timm:"),
+        ("timm:hf-hub:", "timm:"),
+        ("open_clip:hf-hub:", "open_clip:hf-hub:"),
+        ("hf:hf-hub:", "hf:"),
+        ("mine=hf:", "hf:microsoft/rad-dino"),
+        ("mine=", "mine=timm:resnet18"),
+    ],
+)
+def test_a_name_that_says_no_model_is_refused(name: str, advice: str) -> None:
+    with refused(UsageError, "no-model-named") as caught:
+        find_backbone(name)
+    assert str(caught.value.fix).startswith(f"--backbone {advice}")
+
+
+def test_a_name_stands_for_no_other_name_and_a_folder_is_asked_for_as_one(home: Path) -> None:
+    with refused(UsageError, "own-name") as caught:
+        find_backbone("mine=other=timm:resnet18")
+    assert caught.value.fix == "--backbone mine=timm:resnet18"
+    pytest.importorskip("transformers", reason="an extra: pip install 'embcache[hf]'")
+    with refused(WeightsError, "weights-not-found") as missing:
+        find_backbone("mine=hf:a=x")
+    assert missing.value.fix == "--weights mine=FOLDER"
 
 
 def test_the_name_is_in_the_fingerprint_and_what_it_stands_for_is_not() -> None:

@@ -246,7 +246,7 @@ def test_a_file_of_mae_gives_its_encoder(tmp_path: Path) -> None:
         assert torch.equal(loaded.module(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("depth, fix", [(6, "--layers last4"), (2, "--layers last2"), (0, "leave out --layers")])
+@pytest.mark.parametrize(("depth", "fix"), [(6, "--layers last4"), (2, "--layers last2"), (0, "leave out --layers")])
 def test_advice_on_layers_is_of_layers_that_there_are(depth: int, fix: str) -> None:
     spec = find_backbone("timm:test_vit")
     with refused(UsageError, "unknown-layers") as caught:
