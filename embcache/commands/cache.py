@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -298,7 +297,7 @@ def verify(
             "--data-root and --name belong to one dataset", code="one-dataset",
             found=", ".join(dataset) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
         )  # fmt: skip
-    from embcache.maintain.listing import walk_stores
+    from embcache.maintain.listing import require_weights, walk_stores
     from embcache.maintain.verify import verify_store
 
     loaders = {name: _Loader(name, ref, home) for name in dataset}
@@ -307,7 +306,7 @@ def verify(
         raise _nothing_cached(backbone, dataset, recipe, home)
     weights = parse_weights(list(config.weights), backbone or None)
     if config.sample:
-        _require_checkpoints(stores, weights, home)
+        require_weights(stores, weights, home)
     check = _Verification(config, weights, home, tuple(backbone), partial(echo, err=json == "-"))
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers, failed = list[dict[str, Any]](), False
@@ -343,18 +342,6 @@ def verify(
         print_table(["dataset", "backbone", "recipe", "shards", "rows", "damage"], rows)
 
     return Answer({"ok": not failed, "stores": answers, "snapshots": snapshots, "unread": unread}, show, failed=failed)
-
-
-def _require_checkpoints(stores: Sequence[Path], weights: Mapping[str, Path], home: Path | None) -> None:
-    """Name the checkpoints of all stores that --weights lacks, before the first is read."""
-    from embcache.extract.extract import require_checkpoints
-    from embcache.store.reading import read_header
-
-    recipes = []
-    for path in stores:
-        with suppress(StoreError):
-            recipes.append(read_header(path).recipe)
-    require_checkpoints(recipes, weights, home)
 
 
 class _Loader:

@@ -262,7 +262,7 @@ def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageData
     return find_dataset(name, ref, home)
 
 
-ORIGINS = {"live": "its files as they are now", "snapshot": "the table that was kept at extraction"}
+ORIGINS = {"live": "its files as they are now", "snapshot": "the snapshot that extraction kept"}
 """Where a dataset came from, in words."""
 
 

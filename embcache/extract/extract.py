@@ -438,7 +438,7 @@ def require_checkpoints(recipes: Iterable[Recipe], named: Container[str], home: 
 def _own_checkpoint(recipe: Recipe, stores: Sequence[FeatureStore], home: PathLike | None) -> str | None:
     """Where the checkpoint of the user's own was that a recipe is of, empty if that is not known; of others None.
 
-    Stores of the recipe say so. Without one, what is published is another file if it has another digest, and is not
+    Stores of the recipe record it. Without one, what is published is another file if it has another digest, and is not
     fetched for a name of the user's own.
     """
     model = recipe.model or recipe.backbone

@@ -129,7 +129,7 @@ class Recipe:
     def weights_words(self) -> str:
         """The weights in words: of some libraries the digest is that of tensors, not of a file."""
         library = self.architecture.partition(" ")[0]
-        what = {"transformers": "the folder whose tensors have", "open_clip": "the file or folder whose tensors have"}
+        what = {"transformers": "the folder of tensors with", "open_clip": "the file or folder of tensors with"}
         return f"{what.get(library, 'the file of')} sha256 {self.weights_sha256}"
 
     def weights_option(self, file: str = "") -> str:
