@@ -25,7 +25,7 @@ from embcache.fields import (
 MOST_FOLDS = MOST_REPEATS = MOST_VIEWS = 1_000
 MOST_SEED = 2**62  # one is added for each repeat, and torch takes 63 bits
 LEAST_RATE = 1e-30
-RECIPE = "First digits of the store's fingerprint, where several recipes are cached."
+RECIPE = "First digits of the store's fingerprint, where several recipes are cached; of several backbones with commas."
 
 
 def _recipe() -> Any:

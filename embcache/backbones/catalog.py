@@ -162,7 +162,8 @@ class LoadedBackbone:
 
     ``module`` maps normalized images, float32 of shape (B, 3, H, W), to features, float32 of shape (B, ``spec.dim``).
     ``weights_sha256`` is the digest of the checkpoint file or, if there is none, of the tensors (see ``hash_state``);
-    ``weights_source`` describes where they came from, ``inferred`` what was chosen in a file of the user.
+    ``weights_source`` describes where they came from, ``inferred`` what was chosen in a file of the user, and ``given``
+    is the path of that file or folder.
     """
 
     spec: Backbone
@@ -170,6 +171,7 @@ class LoadedBackbone:
     weights_sha256: str
     weights_source: str
     inferred: str = ""
+    given: str = ""
 
 
 def _read_row(name: str, row: dict[str, Any]) -> Backbone:
@@ -251,14 +253,21 @@ def find_backbone(
     if isinstance(name, Backbone):
         return name
     own, model = bare_name(name), name.removeprefix(bare_name(name))[1:]
-    if model:
+    if own != name:
+        if not model:
+            raise _names_nothing(name, f"{own}=one of: " + FORMS.rpartition(", ")[0], f"{own}=timm:resnet18")
+        if bare_name(model) != model:
+            raise UsageError(
+                f"{own} stands for another name of your own", code="own-name", expected="one name and its model",
+                found=name, fix=f"--backbone {own}={model.partition('=')[2]}",
+            )  # fmt: skip
         if not OWN_NAME.fullmatch(own) or own in backbones or own == "pixels":
             raise UsageError(
                 f"{own!r} cannot be the name of a backbone of your own", code="own-name", found=name,
                 expected="letters, digits, dots, hyphens and underscores, and no name of `embcache backbones`",
                 fix=f"--backbone mine={model}",
             )  # fmt: skip
-        with _for_own_name(own, folder):
+        with _for_own_name(own, model, folder):
             found = find_backbone(model, imports=imports, folder=folder, home=home)
         return replace(found, name=own, model=found.model or found.name)
     spec = known_backbone(name, imports=imports, folder=folder, home=home)
@@ -275,8 +284,15 @@ def find_backbone(
     return found
 
 
+def _names_nothing(name: str, expected: str, example: str) -> UsageError:
+    return UsageError(
+        f"{name!r} does not say which model", code="no-model-named", expected=expected, found="nothing behind it",
+        fix=f"--backbone {example}",
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
-def _for_own_name(own: str, weights: PathLike | None) -> Iterator[None]:
+def _for_own_name(own: str, model: str, weights: PathLike | None) -> Iterator[None]:
     """Weights that cannot be had, of a name of the user's own (empty: of no such name): say how to name their file."""
     try:
         yield
@@ -286,7 +302,7 @@ def _for_own_name(own: str, weights: PathLike | None) -> Iterator[None]:
         more = [error.fix] if error.fix and "--weights" not in error.fix else []
         raise WeightsError(
             error.problem, code=error.code, expected=error.expected, found=error.found, where=error.where,
-            fix=(f"--weights {own}=FILE", *more),
+            fix=(f"--weights {own}={'FOLDER' if model.startswith('hf:') else 'FILE'}", *more),
         ) from error  # fmt: skip
 
 
@@ -296,6 +312,10 @@ def known_backbone(
     """What is known about a name without the files of a row's model; else as `find_backbone`."""
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LIBRARIES:
+        if not rest.removeprefix("hf-hub:").strip():
+            forms = [form for form in FORMS.split(", ") if form.startswith(f"{prefix}:")]
+            known = (row.model for row in BACKBONES.values() if row.model.startswith(f"{prefix}:"))
+            raise _names_nothing(name, ", ".join(forms), next(known, forms[0]))
         described = _library(prefix).describe(name, folder or find_model(rest, home))
         spec = Backbone(**{"library": prefix, "license": "see its model card", **described})
         row = vars(row_of(name) or spec)
@@ -394,7 +414,8 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
-    spec = find_backbone(name, imports=imports, folder=None if weights is None else Path(weights), home=home)
+    given = None if weights is None else Path(weights).expanduser()
+    spec = find_backbone(name, imports=imports, folder=given, home=home)
     if not spec.pretrained:
         if weights is not None:
             raise UsageError(
@@ -413,10 +434,10 @@ def load_backbone(
                 ) from error  # fmt: skip
         module = networks.resnet50(seed=spec.seed or 0)
         return _freeze(spec, module, checkpoints.hash_state(module), f"initialized from seed {spec.seed}")
-    with _for_own_name(spec.name if spec.model else "", weights):
+    with _for_own_name(spec.name if spec.model else "", spec.model, weights):
         if spec.library:
-            files = Files(None if weights is None else Path(weights).expanduser(), home, allow_download)
-            return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size))
+            files = Files(given, home, allow_download)
+            return _freeze(spec, *library_of(spec).load(spec, files, image_size or spec.input_size), given)
         path = locate_weights(spec.name, spec.weights, override=weights, home=home, allow_download=allow_download)
     checkpoint = checkpoints.read_checkpoint(path, given=weights is not None)
     if weights is None:
@@ -427,11 +448,15 @@ def load_backbone(
     if spec.timm:
         state = networks.rename_efficientnet(state, module)
     checkpoints.load_strictly(module, state, where=path)
-    return _freeze(spec, module, checkpoint.sha256, path.name, found.describe(path) if weights is not None else "")
+    chosen = found.describe(path) if weights is not None else ""
+    return _freeze(spec, module, checkpoint.sha256, path.name, chosen, given)
 
 
-def _freeze(spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "") -> LoadedBackbone:
-    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred)
+def _freeze(
+    spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "", given: Path | None = None
+) -> LoadedBackbone:
+    where = str(given.resolve()) if given else ""
+    return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred, where)
 
 
 def weights_status(name: str, home: PathLike | None = None) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from embcache.backbones.pooling import try_size, vector_length
-from embcache.backbones.transforms import MOST_SIDE, Transform
+from embcache.backbones.transforms import MOST_SIDE, Transform, statement
 from embcache.backbones.weights import Files, find_model, need, refusing
 from embcache.errors import UsageError, WeightsError, first_few
 from embcache.log import log
@@ -88,6 +88,7 @@ def open_session(path: Path, device: torch.device, threads: int) -> Any:
 class _Graph:
     network: OnnxNetwork
     digest: str
+    outputs: tuple[str, ...]  # their names
     parameters: int
     size: tuple[int, int] | None  # height and width of images, if the file takes no others
     transform: Transform | None
@@ -106,7 +107,10 @@ def describe(name: str, folder: Path | None = None) -> Mapping[str, Any]:
     graph = _read(name, path, output)
     size = graph.size or (graph.transform.size if graph.transform else (224, 224))
     with _refused(name):
-        dim = vector_length(name, graph.network, size, "name another output: onnx:FILE#OUTPUT")
+        others = [f"--backbone onnx:{path}#{each}" for each in graph.outputs if each != graph.network.target]
+        pool = "pool the output to one vector per image in the network, and export it again"
+        dim = vector_length(name, graph.network, size, ", or ".join([*others, pool]))
+    output = output if len(graph.outputs) > 1 else ""  # the only one is the same store with its name and without
     named = Path(file).name if Path(file).expanduser().is_file() else file
     return {
         "name": f"onnx:{named}" + (f"#{output}" if output else ""),
@@ -134,7 +138,7 @@ def load(spec: Backbone, files: Files, size: tuple[int, int]) -> tuple[nn.Module
         raise UsageError(
             f"{spec.name} cannot take images of {size[1]}×{size[0]}", code="image-size", found=f"{size[1]}×{size[0]}",
             expected=f"{width}×{height}, the only size that the file takes", where=path,
-            fix=f"state its preprocessing in {path}.json, with a crop of [{height}, {width}]",
+            fix=statement(spec, (height, width)),
         )  # fmt: skip
     try_size(spec, graph.network, size)
     return graph.network, graph.digest, path.name, ""
@@ -181,6 +185,7 @@ def _read(name: str, path: Path, output: str) -> _Graph:
     return _Graph(
         network=network,
         digest=digest.hexdigest(),
+        outputs=tuple(names),
         parameters=sum(math.prod(tensor.dims) for tensor in model.graph.initializer),
         size=(height, width) if height and width else None,
         transform=_transform(name, path, session.get_modelmeta().custom_metadata_map.get(KEY)),

@@ -61,7 +61,8 @@ def choose_pooling(
         if not numbers or numbers[0] < 0 or numbers[-1] >= depth:
             raise UsageError(
                 f"{spec.name} does not have these layers", code="unknown-layers", found=layers, where="--layers",
-                expected=f"last1 to last{depth}, or numbers of blocks from 0 to {depth - 1}", fix="--layers last4",
+                expected=f"last1 to last{depth}, or numbers of blocks from 0 to {depth - 1}" if depth else "no layers",
+                fix=f"--layers last{min(4, depth)}" if depth else "leave out --layers",
             )  # fmt: skip
         if tokens in ("pooler", "projected"):
             raise UsageError(

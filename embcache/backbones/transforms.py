@@ -127,12 +127,13 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
         if backbone.transform is not None:
             return backbone.transform
         if backbone.library != "timm":
-            own = backbone.library == "onnx"
+            own, size = backbone.library == "onnx", backbone.input_size
+            usual = [] if own and size != (224, 224) else ["embcache extract --transform imagenet …"]
             raise UsageError(
                 f"{backbone.name} has no preprocessing of its own that embcache can make", code="no-model-transform",
-                expected="paper or imagenet" + ", or its own in FILE.json beside the ONNX file" * own,
+                expected="its own in FILE.json beside the ONNX file" if own else "paper or imagenet",
                 found="none in the file or beside it" if own else "none, or another, in its files",
-                fix="embcache extract --transform imagenet …",
+                fix=[*([statement(backbone, size)] if own else []), *usual],
             )  # fmt: skip
         return _model_transform(backbone)
     if kind == "paper":
@@ -149,6 +150,15 @@ def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collecti
             fix="embcache extract --transform model …",
         )  # fmt: skip
     return chosen
+
+
+def statement(backbone: Backbone, size: tuple[int, int]) -> str:
+    """How to state the preprocessing of a network in an ONNX file that takes images of a height and width."""
+    file = backbone.origin.removesuffix("#" + backbone.pooling.removeprefix("output "))
+    return (
+        f'state it in {file}.json: {{"resize": {max(size)}, "crop": {list(size)}, "interpolation": "bicubic", '
+        '"mean": [3 numbers], "std": [3 numbers]}'
+    )
 
 
 def _size_to_keep(image_sizes: Collection[tuple[int, int]], patch: int) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embcache.commands.options import Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
+from embcache.commands.options import ORIGINS, Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
 from embcache.commands.output import (
     ProgressBar,
     counted,
@@ -208,7 +208,7 @@ def export(
     store = open_store(backbone[0], found, home=home, recipe=config.recipe, views=config.views)
     written = export_features(store, found, target, format=config.format, overwrite=config.force)
     echo(f"{target}: {written:,} rows of {store.row_shape} {store.dtype}")
-    print_note(f"labels and splits are from the {origin} dataset")
+    print_note(f"labels and splits of {found.name} are those of {ORIGINS[origin]}")
     if store.quarantined:
         print_note(f"{len(store.quarantined):,} images that could not be read are left out")
 
@@ -297,7 +297,7 @@ def verify(
             "--data-root and --name belong to one dataset", code="one-dataset",
             found=", ".join(dataset) or "no --dataset", fix="embcache verify --dataset NAME --data-root …",
         )  # fmt: skip
-    from embcache.maintain.listing import walk_stores
+    from embcache.maintain.listing import require_weights, walk_stores
     from embcache.maintain.verify import verify_store
 
     loaders = {name: _Loader(name, ref, home) for name in dataset}
@@ -305,6 +305,8 @@ def verify(
     if not stores and not unread:
         raise _nothing_cached(backbone, dataset, recipe, home)
     weights = parse_weights(list(config.weights), backbone or None)
+    if config.sample:
+        require_weights(stores, weights, home)
     check = _Verification(config, weights, home, tuple(backbone), partial(echo, err=json == "-"))
     by_folder = {slug(loader.folder()): loader for loader in loaders.values()}
     answers, failed = list[dict[str, Any]](), False

@@ -12,6 +12,7 @@ import typer
 
 from embcache.backbones.weights import weights_by_name
 from embcache.commands.options import (
+    ORIGINS,
     Answer,
     OneDataset,
     Skip,
@@ -224,7 +225,7 @@ def import_(
             print_note(
                 f"{len(done.ignored):,} names that {found.name} does not have: {one_line(first_few(done.ignored))}"
             )
-        print_note(f"the {origin} dataset; imported features are never compared with images")
+        print_note(f"the images of {found.name} are those of {ORIGINS[origin]}; their names alone are compared")
 
     answer = {
         "dataset": found.name, "backbone": backbone_name, "store": str(store.path),

@@ -262,6 +262,10 @@ def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageData
     return find_dataset(name, ref, home)
 
 
+ORIGINS = {"live": "its files as they are now", "snapshot": "the snapshot that extraction kept"}
+"""Where a dataset came from, in words."""
+
+
 def refuse_other_merges(ref: DatasetRef, dataset: ImageDataset) -> None:
     """`UsageError` for merges that loading did not make: of classes that differ in more than letter case."""
     if others := [text for text in ref.merge_class if text not in dataset.ref.merge_class]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,6 +170,9 @@ def _range(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g}–{high:g}"
 
 
+_OF_MODELS = re.compile(r"fold |learning rate |\d+ of \d+ models ")  # notes that say nothing of other results
+
+
 def _result_notes(results: Sequence[Result]) -> list[str]:
     """Notes of all results, each once; named by dataset where there are several."""
     from embcache.results.compare import INTERVALS
@@ -177,7 +181,7 @@ def _result_notes(results: Sequence[Result]) -> list[str]:
     notes: dict[str, None] = {}
     for result in results:
         own = f"{' + '.join(result.backbones)}, {result.head}, {result.subset}: " if len(results) > 1 else ""
-        told = [f"{own}{note}" if note.startswith("fold ") else note for note in result.notes]
+        told = [f"{own}{note}" if _OF_MODELS.match(note) else note for note in result.notes]
         if result.source == "snapshot":
             told.append("the images' folder is not there: labels and groups are those kept at extraction")
         absent = sorted(

@@ -225,17 +225,22 @@ def backbones(
         found = {name: known[name] for name in dict.fromkeys([*BACKBONES, *known])}
     words = (search or "").lower().split()
     found = {name: spec for name, spec in found.items() if all(word in _searched(spec) for word in words)}
+    unstated = [spec for spec in found.values() if spec.fixed and spec.transform is None]
     chosen, statuses = list(found.values()), {spec.name: weights_status(name, home) for name, spec in found.items()}
     if not chosen:
         return Answer([], lambda: echo(f"no backbone has all of these words: {' '.join(words)}\n"
                                          "try: embcache backbones, which lists all"), failed=True)  # fmt: skip
 
     def show_details() -> None:
+        from embcache.backbones.transforms import statement
+
         for k, spec in enumerate(chosen):
             echo("", nl=k > 0)
             row = _row(spec, statuses[spec.name])
             row |= {"gated": _GATED[spec.gated]}
             echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+        for spec in unstated:
+            print_note(f"{spec.name} has no preprocessing: {statement(spec, spec.input_size)}")
 
     def show_list() -> None:
         columns = {
@@ -257,6 +262,9 @@ def backbones(
         ))  # fmt: skip
 
     following = ["extract", "--backbone", ",".join(named) or "NAME", "--dataset", "NAME"]
+    if unstated:
+        usual = all(spec.input_size == (224, 224) for spec in unstated)
+        following = [*following, "--transform", "imagenet"] if usual else []
     return Answer(
         lambda: [_row(spec, statuses[spec.name]) for spec in chosen], show_details if named else show_list, following
     )
@@ -290,6 +298,8 @@ def _row(spec: Backbone, status: str) -> dict[str, object]:
         shown[name] = list(value) if isinstance(value, tuple) else value if value or value is False else None
     if spec.model and not spec.library:
         shown |= dict.fromkeys(_OF_FILES)
+    if spec.fixed and spec.transform is None:  # neither the file nor one beside it states them
+        shown |= dict.fromkeys(("mean", "std", "interpolation"))
     return {
         "backbone": spec.name,
         "model": row.model or None,

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -21,11 +21,19 @@ from typing import Any
 
 import torch
 
-from embcache.backbones.catalog import Backbone, find_backbone, load_backbone, repool
+from embcache.backbones.catalog import (
+    BACKBONES,
+    LIBRARIES,
+    Backbone,
+    find_backbone,
+    load_backbone,
+    repool,
+    weights_status,
+)
 from embcache.backbones.pooling import Pooling
 from embcache.backbones.runtimes import choose_runtime, departure, runtime_version
 from embcache.backbones.transforms import Transform, choose_transform
-from embcache.backbones.weights import weights_by_name
+from embcache.backbones.weights import Published, timm_filename, weights_by_name
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
@@ -45,7 +53,7 @@ from embcache.log import log, shown
 from embcache.paths import PathLike, slug, weights_dir
 from embcache.sealed import canonical_json
 from embcache.store.commit import create_store, store_path, write_snapshot
-from embcache.store.feature_store import PIXELS, FeatureStore
+from embcache.store.feature_store import PIXELS, FeatureStore, list_stores
 from embcache.store.reading import read_header
 from embcache.store.schema import Recipe
 
@@ -264,7 +272,10 @@ def _open_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(), runtime=runtime,
-        provenance={"weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime)},
+        provenance={
+            "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
+            **({"checkpoint": network.backbone.given} if network.backbone.given else {}),
+        },
     )  # fmt: skip
     store = FeatureStore(path)
     if store.recipe.backbone != recipe.backbone:
@@ -327,15 +338,18 @@ def default_rows(device: str, images: int) -> int:
 
 def _log_differences(store: FeatureStore, folder: Path) -> None:
     """Log why the features of a backbone that is cached already are computed anew: a stale cache is never used."""
-    recipe = store.recipe
+    recipe, found = store.recipe, list[str]()
     for other in _cached_as(recipe.backbone, folder):
         if other.path == store.path or other.views != store.views or not other.committed():
             continue  # views are requested by number, so the two are never confused
         differences = recipe.differences(other.recipe)
         what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
+        found.append(f"{other.path.name}: {what}")
+    if found:
+        others = "another recipe" if len(found) == 1 else f"{len(found)} other recipes"
         log.info(
-            f"{recipe.backbone} is cached under another recipe ({other.path.name}: {what}); all images are extracted "
-            "under this one, and `embcache probe --recipe PREFIX` chooses between the two"
+            f"{recipe.backbone} is cached under {others} ({'; '.join(found)}); all images are extracted "
+            f"under this one, and `embcache probe --recipe PREFIX` chooses one"
         )
 
 
@@ -404,6 +418,43 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
         transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=precision,
         dtype=network.dtype, numerics=NUMERICS, model=spec.model,
     )  # fmt: skip
+
+
+def require_checkpoints(recipes: Iterable[Recipe], named: Container[str], home: PathLike | None = None) -> None:
+    """Refuse recipes of checkpoints of the user's own that are not ``named``: what is published is another file."""
+    stores = list_stores(home)
+    own = [(each, _own_checkpoint(each, stores, home)) for each in recipes if each.backbone not in named]
+    lacking = {each.backbone: (each, file) for each, file in own if file is not None}
+    if lacking:
+        was = {file: f", {file}" if file else "" for _, file in lacking.values()}
+        raise RecipeError(
+            "the features were made with checkpoints of your own: say where they are", code="own-checkpoint",
+            expected="\n".join(f"{name}: {each.weights_words}{was[file]}" for name, (each, file) in lacking.items()),
+            found="no --weights for " + ", ".join(lacking),
+            fix=" ".join(each.weights_option(file) for each, file in lacking.values()),
+        )  # fmt: skip
+
+
+def _own_checkpoint(recipe: Recipe, stores: Sequence[FeatureStore], home: PathLike | None) -> str | None:
+    """Where the checkpoint of the user's own was that a recipe is of, empty if that is not known; of others None.
+
+    Stores of the recipe record it. Without one, what is published is another file if it has another digest, and is not
+    fetched for a name of the user's own.
+    """
+    model = recipe.model or recipe.backbone
+    row = BACKBONES.get(model)
+    published = row.weights if row else Published(filename=timm_filename(model) if model[:5] == "timm:" else "")
+    files = list[str]()
+    for made in (store.provenance for store in stores if store.recipe.fingerprint == recipe.fingerprint):
+        file = str(made.get("weights", ""))
+        # Stores of versions that recorded no path: their name says whether the file is the published one.
+        older = file if published.filename and file.partition(" of ")[0] == file != published.filename else ""
+        files.append(str(made.get("checkpoint", older)))
+    if files:
+        return files[0] if all(files) else None
+    absent = recipe.model and model.partition(":")[0] in {*LIBRARIES, *BACKBONES}
+    absent = absent and weights_status(model, home).startswith("not here")
+    return "" if absent or not recipe.weights_sha256.startswith(published.sha256) else None
 
 
 def recipe_network(

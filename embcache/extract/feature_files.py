@@ -88,7 +88,8 @@ def read_features_file(path: Path, *, ids: Path | None = None, mean: bool = Fals
     if names is None:
         raise DatasetError(
             "a file of features does not name its images", code="features-without-ids", where=path,
-            expected="an array 'ids'", fix="--ids FILE with one name per line, in the order of rows",
+            expected="an array 'ids'", found=f"{len(values):,} rows without names",
+            fix="--ids FILE with one name per line, in the order of rows",
         )  # fmt: skip
     if len(names) != len(values) or not len(names):
         raise DatasetError(

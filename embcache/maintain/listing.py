@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from embcache.paths import PathLike, slug
 from embcache.runs.folders import PARTIAL, run_folders
 from embcache.sealed import plain, read_sealed
 from embcache.store.feature_store import FeatureStore, folders_with, store_folders
-from embcache.store.reading import CommitRecord, read_commit
+from embcache.store.reading import CommitRecord, read_commit, read_header
 
 # What computes is imported by `dry_run`: `embcache ls` needs none of it.
 if TYPE_CHECKING:
@@ -120,6 +121,17 @@ def walk_stores(
             if name and (not wanted or name["slug"] in wanted) and name["digits"].startswith((recipe or "")[:12]):
                 stores.append(path)
     return stores, unread
+
+
+def require_weights(stores: Sequence[Path], weights: Mapping[str, PathLike], home: PathLike | None) -> None:
+    """Name the checkpoints of the user's own that are not given, of all stores, before the first is read."""
+    from embcache.extract.extract import require_checkpoints
+
+    recipes = []
+    for path in stores:
+        with suppress(StoreError):
+            recipes.append(read_header(path).recipe)
+    require_checkpoints(recipes, weights, home)
 
 
 def list_cached(home: PathLike | None = None, dataset: str | None = None) -> list[CachedStore]:

@@ -24,7 +24,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, UsageError, first_few
 from embcache.extract.canaries import FLOAT16_TOLERANCE, TOLERANCES, check_canaries
-from embcache.extract.extract import make_recipe, recipe_network, recipe_transform
+from embcache.extract.extract import make_recipe, recipe_network, recipe_transform, require_checkpoints
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.worker import compute_shard
 from embcache.io import discard, make_folder
@@ -79,6 +79,7 @@ def make_again(path: Path, dataset: ImageDataset, how: Rebuild, runtime: str | N
         framing = recipe_transform(recipe)
         _refuse_another(recipe, pixel_recipe(framing), dataset)
         return lambda sources, *more: pixel_rows(root, sources, framing, *more)
+    require_checkpoints([recipe], how.weights, how.home)
     network = recipe_network(
         recipe, home=how.home, weights=how.weights.get(recipe.backbone), device=how.device,
         views=int(recipe.transform.get("views", 1)), augment=dataset.augment,
@@ -101,7 +102,7 @@ def _refuse_another(recipe: Recipe, now: Recipe, dataset: ImageDataset) -> None:
     if recipe.backbone == PIXELS:
         what, fix = "pixels", "the command that needs the pixels keeps new ones"
     elif "weights_sha256" in differs:
-        fix = f"the weights that it was made with: --weights {recipe.backbone}=FILE; or {fix}"
+        fix = f"{recipe.weights_option()} with {recipe.weights_words}; or {fix}"
     raise RecipeError(
         f"the {what} cannot be made again as they were; the store was not changed", code="recipe-differs",
         expected="\n".join(f"{name} = {there}" for name, (there, _) in differs.items()),
@@ -160,7 +161,7 @@ def check_sample(path: Path, dataset: ImageDataset, number: int, how: Rebuild = 
     tolerance = 0.0 if store.holds_pixels else TOLERANCES[header.recipe.precision.partition("+")[0]]
     tolerance += FLOAT16_TOLERANCE if header.recipe.dtype == "float16" else 0.0
     other, bad = (tuple(np.array(ids)[flags].tolist()) for flags in (changed, ~rows.valid))
-    worst = ids[int(off.argmax())] if compared.any() else ""
+    worst = ids[int(off.argmax())] if off.max() > 0 else ""
     return SampleCheck(int(compared.sum()), other, bad, max(float(off.max()), 0.0), tolerance, worst)
 
 

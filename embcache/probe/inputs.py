@@ -21,7 +21,7 @@ from embcache.io import skip
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.feature_rows import Streamed
 from embcache.probe.protocol import Sides, Splits, divide, plan_splits, read_splits, subset_sizes, write_splits
-from embcache.store.feature_store import FeatureStore, fill_command, list_stores, open_store
+from embcache.store.feature_store import FeatureStore, fill_command, find_stores, list_stores, several_match
 
 PAPER_SET = ("simclr", "swav", "dino")  # what a head fuses by default (Section 5.6)
 
@@ -89,7 +89,10 @@ def open_stores(
             )  # fmt: skip
         prefix_of |= dict.fromkeys(fits, prefix)
     several = views if views > 1 else None
-    stores = {backbone: open_store(backbone, ds, home, prefix_of.get(backbone), several) for backbone in wanted}
+    found = {backbone: find_stores(backbone, ds, home, prefix_of.get(backbone), several) for backbone in wanted}
+    if ambiguous := {backbone: matching for backbone, matching in found.items() if len(matching) > 1}:
+        raise several_match(ambiguous, ds, sorted({*prefix_of.values()} - {*map(prefix_of.get, ambiguous)}))
+    stores = {backbone: matching[0].restrict(ds.table["id"]) for backbone, matching in found.items()}
     for backbone, store in stores.items():
         if len(store.row_shape) not in (1, 2) or store.holds_patches:
             raise UsageError(

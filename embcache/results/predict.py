@@ -37,7 +37,7 @@ from embcache.errors import (
     first_few,
 )
 from embcache.extract.canaries import check_canaries
-from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network
+from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network, require_checkpoints
 from embcache.extract.scan import image_root
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
 from embcache.finetune.model import FinetunedModel, load_fold
@@ -355,9 +355,11 @@ def _load_model(
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         device = pick_device(config.device)
         weights = _weights_by_name(list(recipes), config.weights)
+        require_checkpoints([recipe for recipe in recipes.values() if recipe.of_files], weights, home)
         models = [load_fold(folder, result, fold, str(device), config.trust, weights, home) for fold in folds]
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)
+    require_checkpoints(recipes.values(), weights, home)
     networks = {
         backbone: _rebuild(result, recipe, weights.get(backbone), home, config) for backbone, recipe in recipes.items()
     }
@@ -425,7 +427,7 @@ def _refuse_differences(result: Result, recipe: Recipe, made: Recipe, where: obj
             expected="\n".join(f"{name}: {then}" for name, (then, _) in differences.items()),
             found="\n".join(f"{name}: {now}" for name, (_, now) in differences.items()),
             where=where,
-            fix=f"--weights {recipe.backbone}=FILE with the file of that sha256"
+            fix=f"{recipe.weights_option()} with {recipe.weights_words}"
             if "weights_sha256" in differences
             else "use the version of embcache that made the run, or make it again with this one",
         )  # fmt: skip

@@ -428,6 +428,20 @@ def open_store(
     CorruptStoreError
         The store's recipe is damaged.
     """
+    matching = find_stores(backbone, dataset, home, recipe, views)
+    if len(matching) > 1:
+        raise several_match({backbone: matching}, dataset)
+    return matching[0] if isinstance(dataset, str) else matching[0].restrict(dataset.table["id"])
+
+
+def find_stores(
+    backbone: str,
+    dataset: str | NamedTable,
+    home: PathLike | None = None,
+    recipe: str | None = None,
+    views: int | None = None,
+) -> list[FeatureStore]:
+    """The stores, at least one, that fit the arguments of `open_store`."""
     name = dataset if isinstance(dataset, str) else dataset.name
     folders = [path for path in store_folders(home, name) if not _named(path, PIXELS)]
     stores = [FeatureStore(path) for path in folders if _named(path, backbone)]
@@ -452,29 +466,33 @@ def open_store(
             found=found or "nothing cached for this dataset", where=home_dir(home) / slug(name),
             fix=fix,
         )  # fmt: skip
-    if len(matching) > 1:
-        raise _several_match(backbone, dataset, matching)
-    return matching[0] if isinstance(dataset, str) else matching[0].restrict(dataset.table["id"])
+    return matching
 
 
 def _named(path: Path, backbone: str) -> bool:
     return re.fullmatch(re.escape(slug(backbone)) + "-[0-9a-f]{12}", path.name) is not None
 
 
-def _several_match(backbone: str, dataset: str | NamedTable, matching: Sequence[FeatureStore]) -> RecipeError:
-    """The error where several stores match: in what they differ."""
-    name = dataset if isinstance(dataset, str) else dataset.name
-    held = [len(set(store.sources()).intersection(*_ids(dataset))) for store in matching]
-    lines = describe_differences([store.recipe for store in matching])
-    numbers = sorted({store.views for store in matching})
+def several_match(
+    matching: Mapping[str, Sequence[FeatureStore]], dataset: str | NamedTable, named: Sequence[str] = ()
+) -> RecipeError:
+    """The error where several stores of backbones match: in what they differ; ``named`` are the prefixes so far."""
+    name, lines = dataset if isinstance(dataset, str) else dataset.name, []
+    for backbone, stores in matching.items():
+        held = [len(set(store.sources()).intersection(*_ids(dataset))) for store in stores]
+        differ = describe_differences([store.recipe for store in stores])
+        begin = f"{backbone} " if len(matching) > 1 else ""
+        lines += [f"{begin}{line}; {number} of its images" for line, number in zip(differ, held, strict=True)]
+    every = list(matching.values())
+    numbers = sorted({store.views for stores in every for store in stores})
+    # One of each backbone; of the first one any.
+    others = [stores[0].recipe.fingerprint[:12] for stores in every[1:]]
     return RecipeError(
-        f"features of {backbone} are cached for {name} under {len(matching)} recipes", code="several-recipes",
-        expected="one", where=matching[0].path.parent,
-        found="\n".join(f"{line}; {number} of its images" for line, number in zip(lines, held, strict=True)),
+        f"features of {', '.join(matching)} are cached for {name} under several recipes", code="several-recipes",
+        expected="one of each backbone", where=every[0][0].path.parent, found="\n".join(lines),
         fix=(
-            *([f"--views {' | '.join(map(str, numbers))}"] if len(numbers) > 1 else []),
-            "--recipe " + " | ".join(s.recipe.fingerprint[:12] for s in matching),
-            f"drop one for good: rm -r {shlex.quote(str(matching[0].path))}",
+            *([f"--views {number}" for number in numbers] if len(numbers) > 1 else []),
+            *("--recipe " + ",".join([*named, s.recipe.fingerprint[:12], *others]) for s in every[0]),
         ),
     )  # fmt: skip
 

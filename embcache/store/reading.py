@@ -392,10 +392,13 @@ def repair_command(store: Path) -> str:
 @functools.lru_cache(maxsize=256)  # made for each file that is read, shown for the one that is damaged
 def _repair_command(store: str, _: str | None) -> str:
     path = Path(store)
-    backbone = re.sub(r"-[0-9a-f]{12}$", "", path.name)
+    backbone, more, home = re.sub(r"-[0-9a-f]{12}$", "", path.name), "", path.parent.parent
+    with suppress(StoreError):
+        header = read_header(path)
+        if file := str(header.provenance.get("checkpoint", "")):
+            backbone, more = header.recipe.backbone, " " + header.recipe.weights_option(file)
     words = ["embcache", "verify", "--repair", "--dataset", path.parent.name, "--backbone", backbone]
-    home = path.parent.parent
-    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)])
+    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)]) + more
 
 
 def recipe_fix(store: Path) -> str:

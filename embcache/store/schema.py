@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -122,6 +124,18 @@ class Recipe:
     def typed(self) -> str:
         """What to type where the network is loaded: the name, or ``mine=timm:resnet18``."""
         return f"{self.backbone}={self.model}" if self.model else self.backbone
+
+    @property
+    def weights_words(self) -> str:
+        """The weights in words: of some libraries the digest is that of tensors, not of a file."""
+        library = self.architecture.partition(" ")[0]
+        what = {"transformers": "the folder of tensors with", "open_clip": "the file or folder of tensors with"}
+        return f"{what.get(library, 'the file of')} sha256 {self.weights_sha256}"
+
+    def weights_option(self, file: str = "") -> str:
+        """The option that names the weights, which were in a file or folder; ``FILE`` or ``FOLDER`` if it is gone."""
+        what = "FOLDER" if self.architecture.startswith("transformers ") else "FILE"
+        return f"--weights {shlex.quote(f'{self.backbone}={file if file and Path(file).exists() else what}')}"
 
     def to_json(self) -> dict[str, Any]:
         """Every field by its name; ``model`` only where the name is of the user's own."""

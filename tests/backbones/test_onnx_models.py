@@ -22,6 +22,7 @@ from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_features
 from embcache.results.predict import predict
 from embcache.store.feature_store import FeatureStore
+from tests.commands.shell import embcache
 from tests.extract.conftest import draw
 from tests.refusal import refused
 
@@ -163,6 +164,19 @@ def test_the_preprocessing_is_embedded_or_beside_or_stated(dataset: ImageDataset
     assert (own.mean, own.interpolation, own.input_size) == ((0.5,) * 3, "bicubic", (32, 24))
     with refused(UsageError, "no-model-transform"):
         extract_features(f"onnx:{tmp_path / 'none.onnx'}", dataset)
+    make(tmp_path / "fixed.onnx", ("n", 3, 48, 32))
+    with refused(UsageError, "no-model-transform") as caught:
+        extract_features(f"onnx:{tmp_path / 'fixed.onnx'}", dataset)
+    assert str(caught.value.fix).startswith(f"state it in {tmp_path / 'fixed.onnx'}.json: ")
+    assert '"crop": [48, 32]' in str(caught.value.fix)
+    assert "--transform" not in str(caught.value.fix)
+    done = embcache("backbones", f"onnx:{tmp_path / 'fixed.onnx'}")
+    shown = done.stdout + done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if len(line.split(maxsplit=1)) == 2)
+    assert rows["input_size"] == "48, 32"
+    assert not {"mean", "std", "interpolation"} & set(rows)
+    assert f"state it in {tmp_path / 'fixed.onnx'}.json: " in shown
+    assert "embcache extract" not in shown
     stated = extract_features(f"onnx:{tmp_path / 'none.onnx'}", dataset, transform="paper")
     assert isinstance(stated, FeatureStore)
     assert stated.recipe.transform["size"] == [40, 40]
@@ -187,8 +201,19 @@ def test_one_output_of_several_is_named(dataset: ImageDataset, home: Path, tmp_p
     assert caught.value.found == "tokens, means, y"
     with refused(UsageError, "onnx-output"):
         find_backbone(f"{name}#z")
-    with refused(UsageError, "no-vector"):
+    with refused(UsageError, "no-vector") as caught:
         find_backbone(f"{name}#tokens")
+    assert str(caught.value.fix).startswith(f"--backbone {name}#means, or --backbone {name}#y, or pool")
+    # The only output is the same with its name and without.
+    whole = find_backbone(f"onnx:{tmp_path / 'one.onnx'}")
+    assert find_backbone(f"onnx:{tmp_path / 'one.onnx'}#y") == whole
+    assert (whole.name, whole.pooling) == ("onnx:one.onnx", "own")
+    make(tmp_path / "maps.onnx", transform=SMALL, outputs=("tokens",))
+    with refused(UsageError, "no-vector") as caught:
+        find_backbone(f"onnx:{tmp_path / 'maps.onnx'}")
+    assert caught.value.found == "(2, 1, 8) of two images"
+    assert "--backbone" not in str(caught.value.fix)
+    assert "pool the output" in str(caught.value.fix)
     assert find_backbone(f"{name}#means").dim == 3
     store = extract_features(f"{name}#y", dataset)
     assert isinstance(store, FeatureStore)

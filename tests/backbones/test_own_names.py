@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,7 @@ from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_cached, probe_features
 from embcache.results.predict import predict
 from embcache.runs.folders import list_results, load_predictions, runs_dir
-from embcache.store.feature_store import list_stores, open_store
+from embcache.store.feature_store import FeatureStore, list_stores, open_store
 from embcache.study.study import run_study
 from tests.commands.shell import answer, embcache
 from tests.extract.conftest import images
@@ -97,6 +98,55 @@ def test_two_checkpoints_of_one_network_are_two_backbones(dataset: ImageDataset,
     assert checked["stores"][0]["sample"]["difference"] == 0
 
 
+def test_checkpoints_of_ones_own_are_asked_for_and_never_fetched(
+    dataset: ImageDataset, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("the network was touched")
+
+    for name in ("hub.reach_hub", "timm_models.download", "timm_models.fetch_file"):
+        monkeypatch.setattr(f"embcache.backbones.{name}", reached)
+    every = {**files, RESNET: files["one"]}
+    stores = extract_features([ONE, TWO, RESNET], dataset, weights=every, transform="paper")
+    assert isinstance(stores, dict)
+    (run,) = probe_cached(["toy"], subsets=[8], config=ProbeConfig(folds=2, head="dvme-noattn"))
+    with refused(RecipeError, "own-checkpoint") as caught:
+        predict(run.id, pictures(dataset))
+    expected = f"{stores['two'].recipe.weights_sha256}, {files['two']}"
+    assert all(each in str(caught.value.expected) for each in (expected, "one: the file of sha256"))
+    option = " ".join(f"--weights {name}={every[name]}" for name in sorted(every))
+    assert caught.value.fix == option
+    with refused(RecipeError, "own-checkpoint") as caught:
+        predict(run.id, pictures(dataset), weights=[f"one={files['one']}"])
+    assert caught.value.found == f"no --weights for {RESNET}, two"
+    assert predict(run.id, pictures(dataset), weights=option.split()[1::2]).p.shape == (3, 2)
+
+    sample = ["verify", "--sample", "2", "--data-root", str(dataset.root), "--dataset", "folder", "--name", "toy"]
+    with refused(RecipeError, "own-checkpoint") as caught:
+        embcache(*sample)
+    assert caught.value.fix == option
+    assert embcache(*sample, *option.split()).exit_code == 0
+    (damaged,) = (stores["two"].path / "shards").rglob("features/c/0/0")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    found = embcache("verify", "--dataset", "toy", "--backbone", "two")
+    advice = f"embcache verify --repair --dataset toy --backbone two --weights two={files['two']}"
+    assert found.exit_code == 1
+    assert f"try: {advice}" in found.stdout
+    assert embcache(*advice.split()[1:]).exit_code == 0
+
+
+def test_without_its_store_nothing_is_fetched_for_a_name_of_ones_own(
+    dataset: ImageDataset, files: dict[str, Path]
+) -> None:
+    store = extract_features(TWO, dataset, weights=files["two"], transform="paper")
+    assert isinstance(store, FeatureStore)
+    run = probe_features(dataset, ["two"], subset=8, folds=2)
+    shutil.rmtree(store.path)
+    with refused(RecipeError, "own-checkpoint") as caught:
+        predict(run.id, pictures(dataset))
+    assert caught.value.fix == "--weights two=FILE"
+
+
 def test_a_name_stands_for_one_model(dataset: ImageDataset, files: dict[str, Path]) -> None:
     extract_features(ONE, dataset, weights=files["one"], transform="paper")
     with refused(UsageError, "own-name-taken") as caught:
@@ -121,6 +171,36 @@ def test_a_name_stands_for_one_model(dataset: ImageDataset, files: dict[str, Pat
     assert "own name" not in embcache("info", "--backbone", "one").stdout
     assert f"one ({RESNET})" in embcache("info", "--backbone", "one").stdout
     assert "none needed" in embcache("backbones", "mine=random:2").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("hf:", "hf:microsoft/rad-dino"),
+        ("onnx:", "onnx:FILE"),
+        ("onnx: ", "onnx:FILE"),
+        ("timm:", "timm:"),
+        ("timm:hf-hub:", "timm:"),
+        ("open_clip:hf-hub:", "open_clip:hf-hub:"),
+        ("hf:hf-hub:", "hf:"),
+        ("mine=hf:", "hf:microsoft/rad-dino"),
+        ("mine=", "mine=timm:resnet18"),
+    ],
+)
+def test_a_name_that_says_no_model_is_refused(name: str, advice: str) -> None:
+    with refused(UsageError, "no-model-named") as caught:
+        find_backbone(name)
+    assert str(caught.value.fix).startswith(f"--backbone {advice}")
+
+
+def test_a_name_stands_for_no_other_name_and_a_folder_is_asked_for_as_one(home: Path) -> None:
+    with refused(UsageError, "own-name") as caught:
+        find_backbone("mine=other=timm:resnet18")
+    assert caught.value.fix == "--backbone mine=timm:resnet18"
+    pytest.importorskip("transformers", reason="an extra: pip install 'embcache[hf]'")
+    with refused(WeightsError, "weights-not-found") as missing:
+        find_backbone("mine=hf:a=x")
+    assert missing.value.fix == "--weights mine=FOLDER"
 
 
 def test_the_name_is_in_the_fingerprint_and_what_it_stands_for_is_not() -> None:

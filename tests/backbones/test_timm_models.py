@@ -21,8 +21,9 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 
 from embcache.backbones import timm_models
-from embcache.backbones.catalog import load_backbone
+from embcache.backbones.catalog import find_backbone, load_backbone
 from embcache.backbones.checkpoints import hash_state
+from embcache.backbones.pooling import choose_pooling
 from embcache.backbones.timm_models import describe as describe_timm
 from embcache.errors import UsageError, WeightsError
 from tests.refusal import refused
@@ -243,3 +244,13 @@ def test_a_file_of_mae_gives_its_encoder(tmp_path: Path) -> None:
     with torch.inference_mode():
         model.load_state_dict({key: value for key, value in before.items() if key in model.state_dict()})
         assert torch.equal(loaded.module(images), model.eval()(images))
+
+
+@pytest.mark.parametrize(("depth", "fix"), [(6, "--layers last4"), (2, "--layers last2"), (0, "leave out --layers")])
+def test_advice_on_layers_is_of_layers_that_there_are(depth: int, fix: str) -> None:
+    spec = find_backbone("timm:test_vit")
+    with refused(UsageError, "unknown-layers") as caught:
+        choose_pooling(spec, "mean", "last9", ("mean",), depth, 8)
+    assert caught.value.fix == fix
+    if depth:
+        assert choose_pooling(spec, "mean", fix.split()[1], ("mean",), depth, 8)["dim"] == 8 * min(4, depth)

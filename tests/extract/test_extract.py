@@ -182,6 +182,9 @@ def test_images_of_unequal_size_are_resized(images: Path, home: Path) -> None:
     assert store.recipe.transform["resize"] == [256, 256]
     assert store.recipe.transform["size"] == [224, 224]
     assert len(store.ids) == 21
+    run_extraction(["random"], load(images), transform="imagenet", say=said.append)
+    assert len([line for line in said if "2 other recipes" in line]) == 1
+    assert len([line for line in said if "cached under" in line]) == 2
 
 
 @pytest.mark.usefixtures("tiny")

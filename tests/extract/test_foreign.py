@@ -187,8 +187,9 @@ def test_arrays_with_their_names_in_another_file(ds: ImageDataset, tmp_path: Pat
     header = "path,n\n" if suffix == ".csv" else ""
     names.write_text(header + "".join(f"{id_}{',1' * bool(header)}\n" for id_ in ds.table["id"]))
     assert np.array_equal(imported(tmp_path / "x.npy", ds, ids=names).features[:], made(ds))
-    with refused(DatasetError, "features-without-ids"):
+    with refused(DatasetError, "features-without-ids") as caught:
         imported(tmp_path / "x.npy", ds)
+    assert caught.value.found == f"{len(ds):,} rows without names"
     names.write_text("path\none.png\n")
     with refused(DatasetError, "features-count"):
         imported(tmp_path / "x.npy", ds, ids=names)

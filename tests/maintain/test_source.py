@@ -39,6 +39,7 @@ def test_cached_rows_are_those_that_the_images_give(kind: str, number: int, make
     found = check_sample(path, ds, number)
     assert (found.compared, found.ok) == (min(number, len(FeatureStore(path))), True)
     assert found.difference <= (0 if kind == "pixels" else 1e-4)
+    assert bool(found.worst) == (found.difference > 0)
 
 
 def test_one_wrong_row_is_found_and_named(make: Make, ds: ImageDataset) -> None:

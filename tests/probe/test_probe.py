@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 import embcache.probe.probe as run_module
+from embcache.commands.scores import print_results
 from embcache.config import ProbeConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, RecipeError, StoreError, StoreNotFoundError, UsageError
@@ -26,6 +28,7 @@ from embcache.probe.protocol import plan_splits, write_splits
 from embcache.probe.summary import in_metric
 from embcache.runs.folders import Result, list_results, load_heads, load_predictions, load_result, runs_dir
 from tests.probe.build import find_saved, make_dataset, make_features, make_recipe, probe_grid, put_store, run_cached
+from tests.refusal import refused
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +189,16 @@ def test_the_metric_that_chooses_epochs_is_part_of_the_request(cached: ImageData
     assert id_of(cached, home, metric="auprc") != id_of(cached, home, metric="auprc", positive="a")
 
 
-def test_a_fold_that_predicts_one_class_is_named(flat: tuple[ImageDataset, Path]) -> None:
+def test_a_fold_that_predicts_one_class_is_named(
+    flat: tuple[ImageDataset, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     ds, home = flat
     result = probe_features(ds, "flat", subset="F", home=home)
     told = [note for note in result.notes if "for all 40 test images; 20 of them are '" in note]
     assert sum(1 if note.startswith("fold") else int(note[0]) for note in told) == 5
+    print_results([result, replace(result, backbones=("other",))])
+    shown = capsys.readouterr().out
+    assert all(f"{name}, linear, F: {note}" in shown for name in ("flat", "other") for note in told)
     assert result.majority == ("a", 0.5)
 
 
@@ -464,6 +472,22 @@ def test_several_recipes_need_a_choice(cached: ImageDataset, home: Path) -> None
     assert cell.request["recipes"][0] == ["a", other.fingerprint]
     with pytest.raises(UsageError, match="fits none"):
         probe_features(cached, "a", home=home, recipe="zzz")
+    third = make_recipe("b", pooling="other")
+    put_store(home, cached, "b", make_features(cached, 12, seed=6), recipe=third)
+    with refused(RecipeError, "several-recipes") as caught:
+        probe_features(cached, ["a", "b"], head="dvme-noattn", home=home)
+    offered = str(caught.value.fix).split(", or ")
+    assert len(offered) == 2
+    assert all(re.fullmatch("--recipe [0-9a-f]{12},[0-9a-f]{12}", each) for each in offered)
+    for option in (offered[1].split()[1], f"{other.fingerprint[:10]},{third.fingerprint[:9]}"):
+        config = ProbeConfig(head="dvme-noattn", recipe=option)
+        assert plan_probe(cached, [["a", "b"]], ["S"], config, home=home).cells
+    assert dict(plan_probe(cached, [["a", "b"]], ["S"], config, home=home).cells[0].request["recipes"]) == {
+        "a": other.fingerprint, "b": third.fingerprint
+    }  # fmt: skip
+    with refused(RecipeError, "several-recipes") as caught:  # what is chosen already stays chosen
+        probe_features(cached, ["a", "b"], head="dvme-noattn", home=home, recipe=other.fingerprint[:10])
+    assert str(caught.value.fix).startswith(f"--recipe {other.fingerprint[:10]},")
 
 
 def test_a_head_that_diverges_is_named(home: Path, ds: ImageDataset) -> None:

@@ -125,7 +125,7 @@ def test_plain_features_come_before_views_and_a_number_of_views_is_that_number(t
         assert open_store("random", "ds", home=tmp_path, views=number).path == path
     with refused(RecipeError, "several-recipes") as caught:
         open_store("random", "ds", home=tmp_path)
-    assert str(caught.value.fix).startswith("--views 2 | 4, or --recipe ")
+    assert str(caught.value.fix).startswith("--views 2, or --views 4, or --recipe ")
     with refused(StoreNotFoundError, "store-not-found") as missing:
         open_store("random", "ds", home=tmp_path, views=1)
     assert missing.value.fix == f"embcache extract --backbone random --dataset ds --home {tmp_path}"
