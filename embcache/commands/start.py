@@ -232,14 +232,14 @@ def backbones(
                                          "try: embcache backbones, which lists all"), failed=True)  # fmt: skip
 
     def show_details() -> None:
-        from embcache.backbones.transforms import statement
-
         for k, spec in enumerate(chosen):
             echo("", nl=k > 0)
             row = _row(spec, statuses[spec.name])
             row |= {"gated": _GATED[spec.gated]}
             echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
         for spec in unstated:
+            from embcache.backbones.transforms import statement
+
             print_note(f"{spec.name} has no preprocessing: {statement(spec, spec.input_size)}")
 
     def show_list() -> None:

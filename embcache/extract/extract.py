@@ -446,10 +446,7 @@ def _own_checkpoint(recipe: Recipe, stores: Sequence[FeatureStore], home: PathLi
     published = row.weights if row else Published(filename=timm_filename(model) if model[:5] == "timm:" else "")
     files = list[str]()
     for made in (store.provenance for store in stores if store.recipe.fingerprint == recipe.fingerprint):
-        file = str(made.get("weights", ""))
-        # Stores of versions that recorded no path: their name says whether the file is the published one.
-        older = file if published.filename and file.partition(" of ")[0] == file != published.filename else ""
-        files.append(str(made.get("checkpoint", older)))
+        files.append(str(made.get("checkpoint", "")))
     if files:
         return files[0] if all(files) else None
     absent = recipe.model and model.partition(":")[0] in {*LIBRARIES, *BACKBONES}

@@ -355,7 +355,6 @@ def _load_model(
             _refuse_differences(result, recipe, replace(recipe, decoder=DECODER_VERSION), folder)
         device = pick_device(config.device)
         weights = _weights_by_name(list(recipes), config.weights)
-        require_checkpoints([recipe for recipe in recipes.values() if recipe.of_files], weights, home)
         models = [load_fold(folder, result, fold, str(device), config.trust, weights, home) for fold in folds]
         return _WholeModel(models, BATCH_SIZES.get(device.type, 64))
     weights = _weights_by_name(list(recipes), config.weights)

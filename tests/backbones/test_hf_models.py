@@ -334,7 +334,7 @@ def test_a_finetuned_model_predicts_without_the_weights(images: Path, home: Path
     assert np.isfinite(predict(own.id, paths, weights=(f"mine={tmp_path / 'another'}",)).p).all()
     with refused(WeightsError, "weights-not-found") as missing:
         predict(own.id, paths)
-    assert missing.value.fix == "--weights mine=FILE"
+    assert missing.value.fix == "--weights mine=FOLDER"
 
 
 def test_what_cannot_be_used_is_one_message(tmp_path: Path, home: Path, images: Path) -> None:
