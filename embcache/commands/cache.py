@@ -139,7 +139,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
     alike = dict[str, list[int]]()  # shards that were not computed with the store's settings
     for number, made in answer.otherwise.items():
         words = f"batch {made.batch_size or store.batch_size}, {counted(made.threads or store.threads, 'thread')}"
-        alike.setdefault(words, []).append(number)
+        alike.setdefault(words + (f", {made.runtime}" if made.runtime else ""), []).append(number)
     shards = f"{answer.shards} of up to {store.rows_per_shard} rows"
     superseded = f"{answer.superseded:,}" if answer.superseded else "none"
     return [
