@@ -121,7 +121,7 @@ RUNTIMES = {
     "onnxruntime": Runtime(_onnxruntime, "onnxruntime", "onnx", ("cpu",), ("fp32",)),
 }
 # What `auto` takes where it is installed, by the type of the device, and from how many images a conversion pays: some
-# 5 s of it, against some 10 ms that each image saves (docs/benchmarks.md).
+# 5 s of it, against some 10 ms that each image saves (docs/log.md).
 _AUTO = {"cpu": "openvino"}
 _PAYS = 1000
 

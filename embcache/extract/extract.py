@@ -33,7 +33,7 @@ from embcache.backbones.catalog import (
 from embcache.backbones.pooling import Pooling
 from embcache.backbones.runtimes import choose_runtime, departure, runtime_version
 from embcache.backbones.transforms import Transform, choose_transform
-from embcache.backbones.weights import Published, timm_filename, weights_by_name
+from embcache.backbones.weights import weights_by_name
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
@@ -258,7 +258,8 @@ def _open_store(
     pool: Executor,
 ) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
-    recipe, device, path = make_recipe(network), network.device.type, store_path(files.folder, make_recipe(network))
+    recipe, device = make_recipe(network), network.device.type
+    path = store_path(files.folder, recipe)
     usual = read_header(path).runtime if path.is_dir() else None
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
     runtime = usual if requested == "auto" else None
@@ -316,10 +317,16 @@ def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: st
     return "eager" if problem else network.runtime
 
 
-def _kept(network: FrozenNetwork, home: PathLike | None) -> Path:
-    """How names of files begin that a runtime keeps of a network's conversion, beside the weights."""
+def _kept(network: FrozenNetwork, home: PathLike | None) -> Path | None:
+    """How names of files begin that a runtime keeps of a network's conversion, beside the weights.
+
+    None of a module of the user's own, of which nothing says whether its code has changed.
+    """
     backbone = network.backbone
-    parts = (backbone.spec.network, backbone.weights_sha256, backbone.spec.pooling, torch.__version__, NUMERICS)
+    if backbone.spec.module is not None:
+        return None
+    versions = environment(network).values()  # of the libraries whose code is converted
+    parts = (backbone.spec.network, backbone.weights_sha256, backbone.spec.pooling, NUMERICS, *versions)
     digest = hashlib.sha256(canonical_json([*map(str, parts), network.precision]).encode()).hexdigest()
     return weights_dir(home) / "converted" / digest[:16]
 
@@ -443,15 +450,13 @@ def _own_checkpoint(recipe: Recipe, stores: Sequence[FeatureStore], home: PathLi
     """
     model = recipe.model or recipe.backbone
     row = BACKBONES.get(model)
-    published = row.weights if row else Published(filename=timm_filename(model) if model[:5] == "timm:" else "")
-    files = list[str]()
-    for made in (store.provenance for store in stores if store.recipe.fingerprint == recipe.fingerprint):
-        files.append(str(made.get("checkpoint", "")))
-    if files:
+    published = row.weights.sha256 if row else ""
+    made = [store.provenance for store in stores if store.recipe.fingerprint == recipe.fingerprint]
+    if files := [str(provenance.get("checkpoint", "")) for provenance in made]:
         return files[0] if all(files) else None
     absent = recipe.model and model.partition(":")[0] in {*LIBRARIES, *BACKBONES}
     absent = absent and weights_status(model, home).startswith("not here")
-    return "" if absent or not recipe.weights_sha256.startswith(published.sha256) else None
+    return "" if absent or not recipe.weights_sha256.startswith(published) else None
 
 
 def recipe_network(
