@@ -269,7 +269,8 @@ class ProbeConfig(ProtocolConfig):
     )  # fmt: skip
     recipe: str | None = _recipe()
     buffer: int | None = option(
-        None, "Stream features from their shards through a shuffle buffer of N rows. [default: all in memory]",
+        None, "Stream features from their shards through a shuffle buffer of N rows, and read the next N meanwhile. "
+        "[default: all in memory]",
         result=True, least=64, most=10**9,
     )  # fmt: skip
     device: str = option("cpu", "Device on which heads are trained: cpu, cuda, cuda:0, …", metavar="NAME")

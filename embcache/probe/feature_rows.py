@@ -5,8 +5,9 @@ Training and scoring ask for rows by number and never for the whole, so that bot
 Streaming serves features larger than memory: all heads share one stream of shards, shuffled on two levels. An epoch
 takes the shards in a random order, which follows from the epoch and the seed, as many at a time as a buffer holds; of
 the rows in the buffer every head takes its own draws in its own random order. What a head draws in an epoch is what it
-would draw from memory, row for row; only the order is bound to that of the shards. Draws that do not fill a batch wait
-in front of the buffer for the next shards: a batch for each head, in addition to the rows of the buffer.
+would draw from memory, row for row; only the order is bound to that of the shards. A thread fills a second buffer
+while the rows of the first are used. Draws that do not fill a batch wait in front of the buffer for the next shards: a
+batch for each head, in addition to the rows of the buffer.
 
 A unit of reading is a shard of the first backbone's store. If other stores list images in another order, the rows of a
 unit lie in several of their shards, and each of those is read as a whole: slower, with the same result.
@@ -17,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 from embcache.probe.layers import Tensors
 
 IntArray = NDArray[np.int64]
+T = TypeVar("T")
 
 CHUNK = 1024  # rows scored at a time
 
@@ -158,14 +161,19 @@ class Streamed(FeatureRows):
         wanted = wanted[np.lexsort((self.shards[wanted], block_of[self.shards[wanted]]))]
         bounds = np.searchsorted(block_of[self.shards[wanted]], np.arange(n_blocks + 1))
         front = len(queues) * size  # where draws wait
-        held = self._empty(front + int(np.diff(bounds).max(initial=0)))
+        # One is filled while the other is used.
+        buffers = [self._empty(front + int(np.diff(bounds).max(initial=0))) for _ in range(min(2, n_blocks))]
         at = np.zeros(len(self.shards), dtype=np.int64)  # row → place in the buffer
-        for block in range(n_blocks):
-            rows = wanted[bounds[block] : bounds[block + 1]]
+
+        def fill(block: int) -> IntArray:
+            rows: IntArray = wanted[bounds[block] : bounds[block + 1]]
+            self._read_into(buffers[block % 2], front, rows)
+            return rows
+
+        for block, rows in enumerate(one_ahead(fill, range(n_blocks))):
+            held, last = buffers[block % 2], block == n_blocks - 1
             at[rows] = np.arange(front, front + len(rows))
-            self._read_into(held, front, rows)
             lies = [queue.places(block, at, k * size) for k, queue in enumerate(queues)]
-            last = block == n_blocks - 1
             ready = [places[: len(places) if last else len(places) // size * size] for places in lies]
             for start in range(0, max(map(len, ready)), size):
                 for heads in equal_runs([min(size, max(0, len(r) - start)) for r in ready]):
@@ -173,26 +181,29 @@ class Streamed(FeatureRows):
             for k, queue in enumerate(queues):
                 queue.done += len(ready[k])
                 left = torch.from_numpy(lies[k][len(ready[k]) :])
-                for features in held.values():
-                    features[k * size : k * size + len(left)] = features[left]
+                for backbone, features in held.items() if len(left) else ():
+                    buffers[1 - block % 2][backbone][k * size : k * size + len(left)] = features[left]
 
     def chunks(self, sets: Sequence[Tensor]) -> Iterator[Chunk]:
         """Features of several sets of rows, shard by shard."""
         numbers = np.array(sorted(self.shard_rows))
         orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
-        for rank in range(len(numbers)):
+
+        def read(rank: int) -> list[Chunk]:
             parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
             wanted = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
-            read = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            if not len(read):
-                continue
-            held = self._empty(len(read))
-            self._read_into(held, 0, read)
-            for number, (part, rows) in enumerate(zip(parts, wanted, strict=True)):
+            rows = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
+            held = self._empty(len(rows))
+            self._read_into(held, 0, rows)
+            chunks = []
+            for number, (part, these) in enumerate(zip(parts, wanted, strict=True)):
                 for start in range(0, len(part), CHUNK):
-                    places = torch.from_numpy(np.searchsorted(read, rows[start : start + CHUNK]))
+                    places = torch.from_numpy(np.searchsorted(rows, these[start : start + CHUNK]))
                     x = {b: take(f, places).to(self.device) for b, f in held.items()}
-                    yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
+                    chunks.append(Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x))
+            return chunks
+
+        yield from itertools.chain.from_iterable(one_ahead(read, range(len(numbers))))
 
     def _by_shard(self, sets: Sequence[Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
         """For each set its places, shard by shard, and where in them each shard begins; kept for the next epoch."""
@@ -231,7 +242,7 @@ class Streamed(FeatureRows):
         }
 
     def _read_into(self, held: Tensors, start: int, rows: IntArray) -> None:
-        """Read rows, shard by shard where they are listed so: never more than one shard beside the buffer."""
+        """Read rows, shard by shard where they are listed so: never more than one shard beside the buffers."""
         edges = np.flatnonzero(np.diff(self.shards[rows], prepend=-1, append=-1))
         for a, b in itertools.pairwise(edges.tolist()):
             for backbone, features in held.items():
@@ -265,6 +276,19 @@ class _Queue:
         before = int(self.ends[block - 1]) if block else 0
         waited = np.arange(front, front + before - self.done)
         return np.concatenate([waited, at[self.rows[before : self.ends[block]]]])
+
+
+def one_ahead(work: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """The result of each piece of work, in order; the next one is done by a thread while one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        pending = None
+        for number in numbers:
+            following = pool.submit(work, number)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def as_rows(x: Tensors | FeatureRows) -> FeatureRows:

@@ -97,21 +97,24 @@ class Features:
         return len(self._shards)
 
     def __getitem__(self, rows: Rows) -> np.ndarray:
-        chosen = np.arange(len(self))[rows]
-        flat = np.atleast_1d(chosen).ravel()
-        out = np.empty((len(flat), *self._header.row_shape), self.dtype)
-        order = np.argsort(self._shards[flat], kind="stable")
-        starts = np.flatnonzero(np.diff(self._shards[flat][order], prepend=-1))
+        shards, positions = np.atleast_1d(self._shards[rows]).ravel(), np.atleast_1d(self._positions[rows]).ravel()
+        out = np.empty((len(shards), *self._header.row_shape), self.dtype)
+        order = np.argsort(shards, kind="stable")
+        starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
+
+        def take(part: np.ndarray, read: Callable[[int], np.ndarray]) -> None:
+            out[_run(part)] = read(int(shards[part[0]]))[_run(positions[part])]
+
         parts = np.split(order, starts[1:]) if len(order) else []  # places in out, one part per shard
         if len(parts) <= _FEW:
             for part in parts:
-                self._take(flat, part, out, self._shard)
+                take(part, self._shard)
         elif parts:
             self._last = None
             read = partial(reading.read_features, self._path, self._header)
             with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
-                list(pool.map(lambda part: self._take(flat, part, out, read), parts))  # the first error is raised
-        return out.reshape(*np.shape(chosen), *self._header.row_shape)
+                list(pool.map(lambda part: take(part, read), parts))  # the first error is raised
+        return out.reshape(*np.shape(self._shards[rows]), *self._header.row_shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
@@ -123,13 +126,6 @@ class Features:
 
     def __repr__(self) -> str:
         return f"Features({self.shape} {self.dtype}; index to read, [:] for all)"
-
-    def _take(
-        self, flat: np.ndarray, part: np.ndarray, out: np.ndarray, read: Callable[[int], np.ndarray]
-    ) -> None:  # fmt: skip
-        """Rows ``flat[part]``, which lie in one shard, into their places in ``out``."""
-        shard, positions = int(self._shards[flat[part[0]]]), self._positions[flat[part]]
-        out[_run(part)] = read(shard)[_run(positions)]
 
     def _shard(self, number: int) -> np.ndarray:
         # Row after row is a common way to read; shards are immutable, so the last one need not be read again.
