@@ -193,9 +193,7 @@ class Streamed(FeatureRows):
             parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
             wanted = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
             rows = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            held = self._empty(len(rows))
-            self._read_into(held, 0, rows)
-            chunks = []
+            held, chunks = self._read(rows) if len(rows) else {}, []
             for number, (part, these) in enumerate(zip(parts, wanted, strict=True)):
                 for start in range(0, len(part), CHUNK):
                     places = torch.from_numpy(np.searchsorted(rows, these[start : start + CHUNK]))
@@ -245,11 +243,18 @@ class Streamed(FeatureRows):
         """Read rows, shard by shard where they are listed so: never more than one shard beside the buffers."""
         edges = np.flatnonzero(np.diff(self.shards[rows], prepend=-1, append=-1))
         for a, b in itertools.pairwise(edges.tolist()):
-            for backbone, features in held.items():
-                read = self.x[backbone][self.places[backbone][rows[a:b]]]
-                if read.ndim == 3 and self.n_views == 1:
-                    read = read[:, 0]  # the first view is the image as it is
-                features[start + a : start + b] = torch.from_numpy(np.ascontiguousarray(read))
+            for backbone, read in self._read(rows[a:b]).items():
+                held[backbone][start + a : start + b] = read
+
+    def _read(self, rows: IntArray) -> dict[str, Tensor]:
+        """Features of rows: half precision as it is, all else as float32; of several views the first, or all."""
+        found = {}
+        for backbone, stored in self.x.items():
+            read = stored[self.places[backbone][rows]]
+            read = read[:, 0] if read.ndim == 3 and self.n_views == 1 else read  # the image as it is
+            kept = np.float16 if read.dtype == np.float16 else np.float32
+            found[backbone] = torch.from_numpy(np.ascontiguousarray(read, kept))
+        return found
 
     def _step(self, held: Tensors, queues: list[_Queue], ready: list[IntArray], heads: slice, part: slice) -> Step:
         places = torch.from_numpy(np.stack([lies[part] for lies in ready[heads]]))

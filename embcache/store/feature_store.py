@@ -97,7 +97,8 @@ class Features:
         return len(self._shards)
 
     def __getitem__(self, rows: Rows) -> np.ndarray:
-        shards, positions = np.atleast_1d(self._shards[rows]).ravel(), np.atleast_1d(self._positions[rows]).ravel()
+        chosen = self._shards[rows]
+        shards, positions = np.ravel(chosen), np.ravel(self._positions[rows])
         out = np.empty((len(shards), *self._header.row_shape), self.dtype)
         order = np.argsort(shards, kind="stable")
         starts = np.flatnonzero(np.diff(shards[order], prepend=-1))
@@ -114,7 +115,7 @@ class Features:
             read = partial(reading.read_features, self._path, self._header)
             with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
                 list(pool.map(lambda part: take(part, read), parts))  # the first error is raised
-        return out.reshape(*np.shape(self._shards[rows]), *self._header.row_shape)
+        return out.reshape(*np.shape(chosen), *self._header.row_shape)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[i] for i in range(len(self)))
