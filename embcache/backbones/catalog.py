@@ -150,6 +150,11 @@ class Backbone:
         """What to type where the network is loaded: its name, or ``mine=timm:NAME``."""
         return f"{self.name}={self.model}" if self.model else self.name
 
+    def contamination(self, layout: str) -> list[str]:
+        """A note for a dataset of whose layout images were used in pretraining."""
+        said = f"{self.name} was pretrained on images of {layout}: its scores there are contaminated"
+        return [said] if layout in self.contaminated else []
+
     @property
     def pretrained(self) -> bool:
         """Whether the network has weights to find, rather than an initialization or a module of its own."""

@@ -211,7 +211,8 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
     return {path: state and state.size for path, state in stat_files(root, paths, sizes)}
 
 
-def _state(place: str | os.DirEntry[str]) -> FileState:
+def file_state(place: str | os.DirEntry[str]) -> FileState:
+    """The state of a file now, through links."""
     state = os.stat(place) if isinstance(place, str) else place.stat()  # noqa: PTH116
     inode = state.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems number them in more than 63 bits
     return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
@@ -219,7 +220,7 @@ def _state(place: str | os.DirEntry[str]) -> FileState:
 
 def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterator[tuple[str, FileState | None]]:
     """Every distinct path under ``root`` with the state of its file (zeros without ``states``), None if it is gone."""
-    look = _state if states else lambda place: FileState(0, 0, 0, 0)
+    look = file_state if states else lambda place: FileState(0, 0, 0, 0)
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
@@ -234,7 +235,7 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
         for path in members:
             if not inside:
                 raise refuse_outside(path, where=root)
-            entry = entries.get(path[start:])
+            entry = entries.pop(path[start:], None)  # it keeps what it is asked
             try:
                 if entry is not None and not entry.is_symlink():
                     yield path, look(entry) if entry.is_file() else None

@@ -1,4 +1,10 @@
-"""Extraction, top to bottom: scan → networks → stores and what they owe → shard by shard: compute, check, commit."""
+"""Extraction, top to bottom: scan → networks → stores and what they owe → shard by shard: compute, check, commit.
+
+Which recipe a backbone leads to is known once its network is built and its weights are hashed. It is kept beside the
+stores, in ``networks.json``, with all that decides it: names, options, versions, and the state of the network's files.
+While that is the same, a run over complete stores builds no network and imports no torch. Images are compared always;
+what is taken from the file is which store to look at, and notes for people.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +12,50 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from embcache.backbones.catalog import (
-    BACKBONES,
-    LIBRARIES,
-    Backbone,
-    find_backbone,
-    load_backbone,
-    repool,
-    weights_status,
-)
-from embcache.backbones.pooling import Pooling
-from embcache.backbones.runtimes import choose_runtime, departure, runtime_version
-from embcache.backbones.transforms import Transform, choose_transform
-from embcache.backbones.weights import weights_by_name
+import embcache
+from embcache.backbones.catalog import BACKBONES, LIBRARIES, Backbone, backbones, row_of
+from embcache.backbones.weights import find_cached, find_model, find_weights, weights_by_name
 from embcache.config import ExtractConfig
-from embcache.cores import default_workers
+from embcache.cores import cpu_flags, default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
+from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
-from embcache.errors import EmbcacheError, RecipeError, UsageError
-from embcache.extract.canaries import canary_features, check_canaries, environment
+from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
 from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
-from embcache.extract.foreign import refuse_foreign
-from embcache.extract.pixels import CurrentPixels, current_pixels
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import DatasetFiles, image_root, plan_store, scan_dataset
-from embcache.extract.worker import NUMERICS, FrozenNetwork, compute_shard, first_batch, freeze
+from embcache.extract.scan import TICK_NS, DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.fields import bare_name
+from embcache.io import keep_file, list_folder
 from embcache.log import log, shown
 from embcache.paths import PathLike, slug, weights_dir
-from embcache.sealed import canonical_json
+from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
 from embcache.store.commit import create_store, store_path, write_snapshot
-from embcache.store.feature_store import PIXELS, FeatureStore, list_stores
+from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import read_header
-from embcache.store.schema import Recipe
+from embcache.store.schema import NUMERICS, Recipe
+
+# What imports torch is imported where it is used: a run over complete stores needs none of it.
+if TYPE_CHECKING:
+    import torch
+
+    from embcache.extract.pixels import CurrentPixels
+    from embcache.extract.worker import FrozenNetwork
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
@@ -63,6 +63,7 @@ BATCH_SIZES = {"cpu": 16, "cuda": 64}
 # than it should take to open a store (docs/benchmarks.md).
 ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
 _MOST_SHARDS = 2048
+_MOST_KNOWN, _MOST_BYTES = 256, 1 << 24  # of what is kept in networks.json
 
 
 @dataclass(frozen=True)
@@ -139,28 +140,36 @@ def extract(
     stop: Stop | None = None,
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
-    started, config, stop = time.monotonic(), config or ExtractConfig(), stop or Stop()
+    began, started, config, stop = time.time_ns(), time.monotonic(), config or ExtractConfig(), stop or Stop()
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     threads = config.workers or max(1, default_workers() // len(devices))
     others = _configs_of_others(backbones, devices, config, threads)
     quarantine = Quarantine(dataset, image_root(dataset), config, home)
     with ThreadPoolExecutor(threads) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
-        networks = open_networks(backbones, dataset, files, config, home=home)
-        owed = [_open_store(network, dataset, files, config, home, pool) for network in networks]
-        networks = [
-            network.executed_by(each.runtime, _kept(network, home)) if each.plan.shards else network
-            for network, each in zip(networks, owed, strict=True)
-        ]
+        models = _models(backbones, dataset, files, config, home)
+        networks, owed = list["FrozenNetwork"](), _complete_stores(models, dataset, files, config)
+        if not owed:
+            from embcache.extract.recipes import open_networks
+
+            networks = open_networks(backbones, dataset, files, config, home=home)
+            owed = [_open_store(network, dataset, files, config, home, pool) for network in networks]
+            networks = [
+                network.executed_by(each.runtime, _kept(network, home)) if each.plan.shards else network
+                for network, each in zip(networks, owed, strict=True)
+            ]
+            _remember(models, networks, dataset, files.folder, home, began)
         write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         files.keep()
-        cached = _cached_pixels(networks, owed, dataset, files)
-        engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=torch.get_num_threads())
+        cached = _cached_pixels(networks, owed, dataset, files) if networks else {}
+        engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=_threads() if networks else None)
         helpers = others if any(each.plan.shards for each in owed) else []
         names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
         crew = Crew(helpers, dataset, names, home, stop)
         with files.learning(), crew, closing(engine.shards()) as shards:
             for shard in shards:
+                from embcache.extract.worker import compute_shard
+
                 run = partial(
                     compute_shard, files.root, shard.sources, [networks[i] for i in shard.stores], pool=pool,
                     cached={key: pixels.read for key, pixels in cached.items()}, decoding=decoding,
@@ -177,78 +186,6 @@ def extract(
     return [_summarize(o, dataset, images, config, seconds) for o, images in zip(owed, computed, strict=True)]
 
 
-def open_networks(
-    backbones: Sequence[str | Backbone],
-    dataset: ImageDataset,
-    files: DatasetFiles,
-    config: ExtractConfig,
-    *,
-    home: PathLike | None = None,
-) -> list[FrozenNetwork]:
-    """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
-    names = [bare_name(backbone) if isinstance(backbone, str) else backbone.name for backbone in backbones]
-    if repeated := [b for b in backbones if isinstance(b, str) and bare_name(b) != b and names.count(bare_name(b)) > 1]:
-        raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(repeated))
-    refuse_foreign(names, dataset, home)
-    weights = weights_by_name(names, config.weights)
-    found = [_find(each, weights.get(name), files.folder, home) for each, name in zip(backbones, names, strict=True)]
-    specs = [repool(spec, config.tokens, config.layers) for spec in found]
-    device, networks = split_devices(config.device)[0], list[FrozenNetwork]()
-    precision = config.precision
-    if precision != "fp32" and config.runtime not in ("auto", "eager"):
-        precision += f"+{config.runtime}"
-    for given, name, spec in zip(backbones, names, specs, strict=True):
-        transform = choose_transform(spec, config.transform, files.sizes)
-        spec = spec.at(transform.size)
-        what = spec if spec.module is not None or spec.library else given  # a module is built once
-        loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)
-        views = (config.views, dataset.augment, config.feature_dtype)
-        if spec.module is not None:  # before it is rewritten, and after
-            loaded.module.to("cpu")
-            canary_features(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
-        networks.append(freeze(loaded, transform, device, precision, *views))
-        _check_own_name(make_recipe(networks[-1]), files.folder)
-        if dataset.layout in loaded.spec.contaminated:
-            log.info(f"{spec.name} was pretrained on images of {dataset.layout}: its scores there are contaminated")
-        if loaded.inferred:
-            log.info(f"{spec.name}: {loaded.inferred}")
-    return networks
-
-
-def _cached_as(name: str, folder: Path) -> list[FeatureStore]:
-    """The stores of a dataset whose features have a name."""
-    stores = [FeatureStore(path) for path in sorted(folder.glob(f"{slug(name)}-*"))]
-    return [store for store in stores if store.recipe.backbone == name]
-
-
-def _find(given: str | Backbone, weights: Path | None, folder: Path, home: PathLike | None) -> Backbone:
-    """The backbone of a name; for one of the user's own, that only stores know, a message that says what to type."""
-    try:
-        return find_backbone(given, folder=weights, home=home)
-    except UsageError as unknown:
-        for store in _cached_as(str(given), folder) if unknown.code == "unknown-backbone" else ():
-            if store.recipe.model:
-                raise UsageError(
-                    f"{given} is a name of your own: say what it stands for", code="own-name-alone", where=store.path,
-                    expected=store.recipe.typed, found=str(given), fix=f"--backbone {shlex.quote(store.recipe.typed)}",
-                ) from unknown  # fmt: skip
-        raise
-
-
-def _check_own_name(recipe: Recipe, folder: Path) -> None:
-    """Refuse a name of the user's own that another model has in this dataset already."""
-    network = (recipe.architecture, recipe.weights_sha256)
-    for store in _cached_as(recipe.backbone, folder) if recipe.model else ():
-        other = store.recipe
-        if other.model != recipe.model and (other.architecture, other.weights_sha256) != network:
-            free = f"free the name: rm -r {shlex.quote(str(store.path))}"
-            raise UsageError(
-                f"the name {recipe.backbone} is taken by another model of this dataset", code="own-name-taken",
-                expected=other.typed, found=recipe.typed, where=store.path,
-                fix=(f"--backbone {recipe.backbone}2={recipe.model}", free),
-            )  # fmt: skip
-
-
 def _open_store(
     network: FrozenNetwork,
     dataset: ImageDataset,
@@ -258,6 +195,11 @@ def _open_store(
     pool: Executor,
 ) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
+    from embcache.backbones.runtimes import choose_runtime, runtime_version
+    from embcache.extract.canaries import canary_features, check_canaries, environment
+    from embcache.extract.recipes import log_differences, make_recipe
+    from embcache.extract.worker import first_batch
+
     recipe, device = make_recipe(network), network.device.type
     path = store_path(files.folder, recipe)
     usual = read_header(path).runtime if path.is_dir() else None
@@ -272,22 +214,16 @@ def _open_store(
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
-        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=torch.get_num_threads(), runtime=runtime,
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=_threads(), runtime=runtime,
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
             **({"checkpoint": network.backbone.given} if network.backbone.given else {}),
         },
     )  # fmt: skip
     store = FeatureStore(path)
-    if store.recipe.backbone != recipe.backbone:
-        log.info(
-            f"{recipe.backbone} has the same weights as {store.recipe.backbone}, and these features are used: "
-            f"embcache probe --backbone {store.recipe.backbone}"
-        )
-    if config.rows_per_shard not in (None, store.rows_per_shard):
-        log.info(f"{recipe.backbone}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
+    _log_continued(recipe.backbone, store, config)
     if not store.committed():
-        _log_differences(store, files.folder)
+        log_differences(store, files.folder)
     plan = plan_store(store, dataset, files.scan, retry_quarantined=config.retry_quarantined)
     if plan.shards:
         check_canaries(path, network, canaries)
@@ -298,8 +234,27 @@ def _open_store(
     return OwedStore(store, plan, config.batch_size or store.batch_size, runtime)
 
 
+def _log_continued(name: str, store: FeatureStore, config: ExtractConfig) -> None:
+    """Log in what a store that a backbone of this name uses is not as the user may expect."""
+    if store.recipe.backbone != name:
+        log.info(
+            f"{name} has the same weights as {store.recipe.backbone}, and these features are used: "
+            f"embcache probe --backbone {store.recipe.backbone}"
+        )
+    if config.rows_per_shard not in (None, store.rows_per_shard):
+        log.info(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: str) -> str:
     """The runtime of a network where its features of real images are those of torch's own execution, else eager."""
+    from embcache.backbones.runtimes import departure
+
     name, pixels = network.backbone.spec.name, see()
     try:
         problem = departure(network.forward(pixels), network.executed_by("eager").forward(pixels), network.precision)
@@ -322,6 +277,8 @@ def _kept(network: FrozenNetwork, home: PathLike | None) -> Path | None:
 
     None of a module of the user's own, of which nothing says whether its code has changed.
     """
+    from embcache.extract.canaries import environment
+
     backbone = network.backbone
     if backbone.spec.module is not None:
         return None
@@ -343,27 +300,12 @@ def default_rows(device: str, images: int) -> int:
     return min(rows, max(images, 64))
 
 
-def _log_differences(store: FeatureStore, folder: Path) -> None:
-    """Log why the features of a backbone that is cached already are computed anew: a stale cache is never used."""
-    recipe, found = store.recipe, list[str]()
-    for other in _cached_as(recipe.backbone, folder):
-        if other.path == store.path or other.views != store.views or not other.committed():
-            continue  # views are requested by number, so the two are never confused
-        differences = recipe.differences(other.recipe)
-        what = ", ".join(f"{name} {theirs} there, {mine} now" for name, (mine, theirs) in differences.items())
-        found.append(f"{other.path.name}: {what}")
-    if found:
-        others = "another recipe" if len(found) == 1 else f"{len(found)} other recipes"
-        log.info(
-            f"{recipe.backbone} is cached under {others} ({'; '.join(found)}); all images are extracted "
-            f"under this one, and `embcache probe --recipe PREFIX` chooses one"
-        )
-
-
 def _cached_pixels(
     networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles
 ) -> dict[str, CurrentPixels]:
     """By frame key, the pixels that finetuning has cached and that need no decoding."""
+    from embcache.extract.pixels import current_pixels
+
     images: dict[str, set[str]] = {}
     for network, each in zip(networks, owed, strict=True):
         known = images.setdefault(network.image_views.frame_key, set())
@@ -396,8 +338,9 @@ def _configs_of_others(
 def _summarize(
     owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, seconds: float
 ) -> Extraction:
-    store, plan = FeatureStore(owed.store.path).restrict(dataset.table["id"].tolist()), owed.plan
-    name, committed, threads = store.recipe.backbone, set(store.committed()), torch.get_num_threads()
+    plan, store = owed.plan, FeatureStore(owed.store.path) if owed.plan.shards else owed.store
+    store = store.restrict(dataset.table["id"].tolist())
+    name, committed, threads = store.recipe.backbone, set(store.committed()), _threads() if computed else 0
     left = [shard for shard in plan.shards if shard.number not in committed]
     if computed and (owed.batch_size, threads) != (store.batch_size, store.threads):
         log.warning(
@@ -412,95 +355,119 @@ def _summarize(
     )  # fmt: skip
 
 
-def make_recipe(network: FrozenNetwork) -> Recipe:
-    """Everything that determines the values of a network's features."""
-    spec, transform = network.backbone.spec, network.transform.to_dict()
-    if network.augmentation is not None:
-        transform |= {"views": network.views, "augment": network.augmentation.describe()}
-    precision = network.precision
-    if precision != "fp32" and network.runtime != "eager":
-        precision += f"+{network.runtime}"
-    return Recipe(
-        backbone=spec.name, architecture=spec.network, weights_sha256=network.backbone.weights_sha256,
-        transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=precision,
-        dtype=network.dtype, numerics=NUMERICS, model=spec.model,
-    )  # fmt: skip
+# What earlier runs learned
 
 
-def require_checkpoints(recipes: Iterable[Recipe], named: Container[str], home: PathLike | None = None) -> None:
-    """Refuse recipes of checkpoints of the user's own that are not ``named``: what is published is another file."""
-    stores = list_stores(home)
-    own = [(each, _own_checkpoint(each, stores, home)) for each in recipes if each.backbone not in named]
-    lacking = {each.backbone: (each, file) for each, file in own if file is not None}
-    if lacking:
-        was = {file: f", {file}" if file else "" for _, file in lacking.values()}
-        raise RecipeError(
-            "the features were made with checkpoints of your own: say where they are", code="own-checkpoint",
-            expected="\n".join(f"{name}: {each.weights_words}{was[file]}" for name, (each, file) in lacking.items()),
-            found="no --weights for " + ", ".join(lacking),
-            fix=" ".join(each.weights_option(file) for each, file in lacking.values()),
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Known:
+    """What a backbone led to in an earlier run."""
+
+    recipe: Recipe
+    notes: tuple[str, ...]  # for people
+    files: Mapping[str, tuple[int, ...] | None]  # state of everything that its files were looked for in
 
 
-def _own_checkpoint(recipe: Recipe, stores: Sequence[FeatureStore], home: PathLike | None) -> str | None:
-    """Where the checkpoint of the user's own was that a recipe is of, empty if that is not known; of others None.
+def _models(
+    names: Sequence[str | Backbone], dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig,
+    home: PathLike | None,
+) -> dict[str, tuple[str, list[Path | None]]]:  # fmt: skip
+    """What each backbone's library calls it, and its files that are named, by a digest of what else decides its recipe.
 
-    Stores of the recipe record it. Without one, what is published is another file if it has another digest, and is not
-    fetched for a name of the user's own.
+    None at all if code of others makes one of them, or a runtime is named.
     """
-    model = recipe.model or recipe.backbone
-    row = BACKBONES.get(model)
-    published = row.weights.sha256 if row else ""
-    made = [store.provenance for store in stores if store.recipe.fingerprint == recipe.fingerprint]
-    if files := [str(provenance.get("checkpoint", "")) for provenance in made]:
-        return files[0] if all(files) else None
-    absent = recipe.model and model.partition(":")[0] in {*LIBRARIES, *BACKBONES}
-    absent = absent and weights_status(model, home).startswith("not here")
-    return "" if absent or not recipe.weights_sha256.startswith(published) else None
+    if config.runtime != "auto" or not all(isinstance(name, str) for name in names):
+        return {}
+    versions = {"embcache": embcache.__version__, "decoder": DECODER_VERSION, "numerics": str(NUMERICS)}
+    for package in ("torch", "torchvision", "timm", "transformers", "open_clip_torch"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    bare, sizes, flags = [bare_name(str(name)) for name in names], set(files.sizes), sorted(cpu_flags())
+    given, found = weights_by_name(bare, config.weights), dict[str, tuple[str, list[Path | None]]]()
+    options = {**config.to_json(), "weights": None, "size": list(*sizes) if len(sizes) == 1 else None}
+    caches = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+    places = [str(weights_dir(home)), sys.prefix, str(Path.home()), *map(os.environ.get, caches)]
+    for name, own in zip(map(str, names), bare, strict=True):
+        model = name[len(own) + 1 :] or name
+        row = BACKBONES.get(model) or row_of(model)
+        model = BACKBONES[model].model or model if model in BACKBONES else model
+        prefix, _, text = model.partition(":")
+        code = row is None and prefix not in {*LIBRARIES, "random"}
+        # A file of ONNX may refer to others; a name of the user's own may have become that of a package.
+        if code or prefix == "onnx" or (own != name and own in backbones.names()):
+            return {}
+        text = text.removeprefix("hf-hub:")
+        there = [given.get(own), *([find_model(text, home), find_model(text)] if text else [])]
+        named = [str(path and path.absolute()) for path in there]
+        decisive = [name, repr(row), named, options, dataset.layout, dataset.augment, versions, places, flags]
+        found[hashlib.sha256(canonical_json(decisive).encode()).hexdigest()] = text, there
+    return found if len(found) == len(names) else {}
 
 
-def recipe_network(
-    recipe: Recipe,
-    *,
-    home: PathLike | None = None,
-    weights: PathLike | None = None,
-    device: str = "auto",
-    views: int = 1,
-    augment: str = "generic",
-    imports: bool = False,
-) -> FrozenNetwork:
-    """The network that a recipe names, with the weights on this machine; the caller compares its recipe."""
-    transform, spec = recipe_transform(recipe), recipe_backbone(recipe, weights, imports, home)
-    what = spec.at(transform.size) if spec.library else recipe.typed
-    loaded = load_backbone(what, weights=weights, home=home, image_size=transform.size, imports=imports)
-    return freeze(loaded, transform, device, recipe.precision, views, augment, recipe.dtype)
+def _complete_stores(
+    models: Mapping[str, object], dataset: ImageDataset, files: DatasetFiles, config: ExtractConfig
+) -> list[OwedStore]:
+    """The stores of known models, if all are there as a finished run leaves them and owe nothing; else none."""
+    found, kept = list[tuple[Known, OwedStore]](), _read_known(files.folder) if models else {}
+    for known in map(kept.get, models):
+        if known is None or any(_state(path) != state for path, state in known.files.items()):
+            return []
+        path, name = store_path(files.folder, known.recipe), known.recipe.backbone
+        if not path.is_dir() or list_folder(path / "staging"):
+            return []
+        store = FeatureStore(path)
+        same = store.recipe.fingerprint == known.recipe.fingerprint and config.format in (None, store.format)
+        if not same or (known.recipe.model and len(list(files.folder.glob(f"{slug(name)}-*"))) > 1):
+            return []  # what else has a name of the user's own may be of another model
+        plan = plan_store(store, dataset, files.scan, publish=False, retry_quarantined=config.retry_quarantined)
+        if plan.shards:
+            return []
+        found.append((known, OwedStore(store, plan, config.batch_size or store.batch_size, store.runtime)))
+    for note in chain.from_iterable(known.notes for known, _ in found):
+        log.info(note)
+    for known, each in found:
+        _log_continued(known.recipe.backbone, each.store, config)
+    return [each for _, each in found]
 
 
-def recipe_backbone(
-    recipe: Recipe, weights: PathLike | None = None, imports: bool = False, home: PathLike | None = None
-) -> Backbone:
-    """The backbone that a recipe names, pooled as it says; ``weights`` may be the folder of its files."""
-    folder = None if weights is None else Path(weights)
-    spec = find_backbone(recipe.typed, imports=imports, folder=folder, home=home)
-    if not spec.library or recipe.pooling == spec.pooling:
-        return spec
-    pooling = Pooling.parse(recipe.pooling)
-    return repool(spec, pooling.tokens, ",".join(map(str, pooling.layers)) or None)
+def _remember(
+    models: Mapping[str, tuple[str, list[Path | None]]], networks: Sequence[FrozenNetwork], dataset: ImageDataset,
+    folder: Path, home: PathLike | None, began: int,
+) -> None:  # fmt: skip
+    """Keep what each model led to in a run that began at a time, in nanoseconds."""
+    from embcache.extract.recipes import make_recipe, notes_of
+
+    learned = dict[str, Known]()
+    for (key, (text, there)), network in zip(models.items(), networks, strict=False):
+        spec, weights = network.backbone.spec, weights_dir(home)
+        hub = [find_cached(each, "") for each in (text, spec.source) if each.count("/") == 1]
+        places = [*there, there[0] or find_weights(spec.weights, weights), *hub]
+        places += [each.parents[1] / "refs" for each in hub if each]
+        places += [weights / (spec.weights.filename + end) for end in ("", ".sha256") if spec.weights.filename]
+        paths = [place.expanduser().absolute() for place in places if place]
+        paths += [inner for path in paths if path.is_dir() for inner in path.iterdir()]
+        states = {str(path): _state(path) for path in paths}
+        # Only what was as it is before the run began: a file may be replaced just after it was read.
+        settled = all(max(state[1:3]) < began - TICK_NS for state in states.values() if state)
+        if settled and (spec.seed is not None or any(path.is_file() for path in paths)):
+            learned[key] = Known(make_recipe(network), tuple(notes_of(network.backbone, dataset.layout)), states)
+    kept = _read_known(folder) if learned else {}
+    if any(kept.get(key) != known for key, known in learned.items()):
+        entries = list((kept | learned).items())[-_MOST_KNOWN:]
+        keep_file(folder / "networks.json", seal({"networks": {key: plain(known) for key, known in entries}}))
 
 
-def recipe_transform(recipe: Recipe) -> Transform:
-    """The transform that a recipe names; for pixels only the part that decides them."""
-    data = {name: value for name, value in recipe.transform.items() if name not in ("views", "augment")}
-    if recipe.backbone == PIXELS:
-        data = {"kind": "paper", "mean": [0.0] * 3, "std": [1.0] * 3} | data
-    try:
-        return Transform.from_dict(data)
-    except ValueError as error:
-        raise RecipeError(
-            f"the recipe of {recipe.backbone} does not describe how images are transformed", code="recipe-transform",
-            expected="resize, crop, size, interpolation, mean, std", found=str(error),
-            fix="extract and probe again with this version of embcache",
-        ) from error  # fmt: skip
+def _state(path: PathLike) -> tuple[int, ...] | None:
+    with suppress(OSError):
+        return tuple(file_state(str(path)))
+    return None
+
+
+def _read_known(folder: Path) -> dict[str, Known]:
+    """What is kept beside a dataset's stores: nothing if it cannot be read, since it only saves work."""
+    with suppress(EmbcacheError, OSError, ValueError):
+        kept = read_sealed(folder / "networks.json", "", most=_MOST_BYTES).get("networks")
+        return typed(dict[str, Known], kept)  # type: ignore[no-any-return]
+    return {}
 
 
 def help_another() -> None:

@@ -21,8 +21,7 @@ from embcache.config import ImportConfig
 from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.errors import DatasetError, UsageError, first_few
 from embcache.extract.feature_files import ForeignFeatures, read_features_file
-from embcache.extract.quarantine import parse_max_bad
-from embcache.extract.worker import LEFT
+from embcache.extract.quarantine import LEFT, parse_max_bad
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import canonical_json
 from embcache.store.commit import (

@@ -7,6 +7,7 @@ every table until a user noticed.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,25 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.worker import LEFT
 from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore, extract_command
 from embcache.store.reading import read_header, read_index
 
+# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+LEFT = "no longer in the dataset"
 _VANISHED = "the file is not there"
 _SHOWN = 20
+
+
+def medium_failed(path: Path, error: OSError) -> DatasetError:
+    """The error for a file that the system does not give: it says nothing about the image, so the run stops."""
+    return DatasetError(
+        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
+        code="image-not-readable", found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
+        where=path,
+        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
+    )  # fmt: skip
 
 
 def parse_max_bad(value: int | str, images: int) -> int:

@@ -15,34 +15,33 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from embcache.backbones.catalog import Backbone
-from embcache.backbones.transforms import Transform, choose_transform
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, fits_now
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import FileState, is_inside, stat_files
 from embcache.data.formats import is_square_of
-from embcache.data.images import DECODER_VERSION, ImageRef, image_refs, read_image, read_size
+from embcache.data.images import DECODER_VERSION, ImageRef, read_image, read_size
 from embcache.errors import DatasetNotFoundError, ImageError
-from embcache.extract.worker import LEFT, medium_failed, prepare
+from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.io import read_regular
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
 from embcache.store.commit import publish_plan, write_scan
 from embcache.store.feature_store import FeatureStore, extract_command
-from embcache.store.schema import PlanEntry
+from embcache.store.schema import Digests, PlanEntry, digests_to_bytes
 
 # Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.
 ABSENT = -1
@@ -56,7 +55,7 @@ _LARGEST_KEPT = 224
 _TOGETHER = 256  # headers that a thread reads at a time
 _GONE = FileState(ABSENT, 0, 0, 0)
 # A file that was written so shortly before the scan may be written again without another time.
-_TICK_NS = 2_000_000_000
+TICK_NS = 2_000_000_000
 _STATE = list(FileState._fields)
 _SCAN_COLUMNS = ["path", "place", *_STATE, "width", "height", "digest"]
 _DECODER = "decoder"  # column of a kept scan: the version that read its headers
@@ -64,58 +63,82 @@ _DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The distinct files of a dataset as they are now."""
+    """The distinct images of a dataset as their files are now. Arrays have one row per image: there may be millions."""
 
     root: Path  # folder of the images
-    states: Mapping[str, FileState]  # of each path; size `ABSENT` where there is no file
-    seen: dict[str, tuple[int, int]]  # width and height of the images whose header was read, now or earlier
-    members: Mapping[str, str]  # place of each path inside its container, empty for a file
-    digests: dict[tuple[str, str], str] = field(default_factory=dict)
-    moved: frozenset[str] = frozenset()
-    images: Sequence[tuple[str, str]] = ()  # path and place of every distinct image
-    began_ns: int = 0  # when the files were looked at
-    decoding: Decoding = field(default_factory=Decoding)  # the limit on pixels
+    rows: Mapping[tuple[str, str], int]  # row of each image, by its path and its place
+    firsts: NDArray[np.int64]  # row of the first image of the same file, (n,)
+    states: NDArray[np.int64]  # as `FileState`, (n, 4); size `ABSENT` where there is no file
+    seen: NDArray[np.int64]  # width and height, (n, 2), of first images of files whose header was read, now or earlier
+    digests: NDArray[np.uint8]  # sha256 of the images' bytes, (n, 32); zeros where it is not known
+    moved: NDArray[np.bool_]  # whether a file changed since an earlier scan except for size and time, (n,)
+    began_ns: int  # when the files were looked at
+    decoding: Decoding  # the limit on pixels
 
-    def confirm(self, images: Iterable[tuple[str, str]]) -> None:
+    @cached_property
+    def images(self) -> Sequence[tuple[str, str]]:
+        """Path and place of each row."""
+        return list(self.rows)
+
+    def confirm(self, rows: Sequence[int]) -> None:
         """Read those images whose digest is not known, several at once, for :attr:`digests`."""
-        unknown = [image for image in images if image not in self.digests]
+        wanted = np.asarray(rows, np.int64)
+        unknown: list[int] = wanted[~self.digests[wanted].any(axis=1)].tolist()
         with ThreadPoolExecutor(default_workers()) as pool:
-            chunks = [unknown[start : start + _TOGETHER] for start in range(0, len(unknown), _TOGETHER)]
+            images = [self.images[row] for row in unknown]
+            chunks = [images[start : start + _TOGETHER] for start in range(0, len(images), _TOGETHER)]
             found = pool.map(partial(_digests, self.root, self.decoding), chunks)
-            digests = zip(unknown, chain.from_iterable(found), strict=True)
-            self.digests.update({image: digest for image, digest in digests if digest})
+            self._put(unknown, list(chain.from_iterable(found)))
 
-    def readable(self, path: str, place: str) -> bool:
-        """Whether an image can be decoded now; `DatasetError` if its file cannot be read for now."""
+    def fault(self, path: str, place: str) -> str:
+        """Why an image cannot be decoded, empty if it can; `DatasetError` if its file cannot be read for now."""
         try:
             read_image(self.root, path, place, self.decoding)
-        except ImageError:
-            return False
+        except ImageError as error:
+            return error.problem
         except OSError as error:
             raise medium_failed(self.root / path, error) from error
-        return True
+        return ""
 
     def learn(self, sources: Sequence[ImageRef], digests: Sequence[str]) -> None:
         """Take over the digests of images that were just read; ``""`` is none."""
-        for source, digest in zip(sources, digests, strict=True):
-            if digest:
-                self.digests[source.path, source.place] = digest
+        known = [(self.rows[s.path, s.place], d) for s, d in zip(sources, digests, strict=True) if d]
+        self._put([row for row, _ in known], [digest for _, digest in known])
 
-    def read(self, paths: Sequence[str], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
-        """Read the headers of some files, several at once; return the distinct sizes of those that can be read."""
-        chunks = [paths[start : start + _TOGETHER] for start in range(0, len(paths), _TOGETHER)]
-        sizes = chain.from_iterable(pool.map(lambda some: self._read(some, guess), chunks))
-        found = dict(zip(paths, sizes, strict=True))
-        self.seen.update(found)
-        return set(found.values()) - {UNREADABLE}
+    def _put(self, rows: Sequence[int], digests: Sequence[str]) -> None:
+        self.digests[np.asarray(rows, np.int64)] = digests_to_bytes(digests)
 
-    def _read(self, paths: Sequence[str], guess: tuple[int, int] | None) -> list[tuple[int, int]]:
-        guess = guess or UNKNOWN
+    def recall(self, known: pd.DataFrame | None) -> None:
+        """Take over what an earlier scan has of files that are unchanged, and note which changed unseen."""
+        if known is None:
+            return
+        pairs = zip(known["path"].tolist(), known["place"].tolist(), strict=True)
+        rows = np.fromiter((self.rows.get(pair, -1) for pair in pairs), np.int64, len(known))
+        known, rows = known[rows >= 0], rows[rows >= 0]
+        equal = known[_STATE].to_numpy() == self.states[rows]
+        same, alike = equal.all(axis=1), equal[:, :2].all(axis=1)
+        headers = known[["width", "height"]].to_numpy()
+        read = same & (headers[:, 0] > 0)
+        self.seen[self.firsts[rows[read]]] = headers[read]
+        learned = same & (known["digest"] != "").to_numpy() & ~self.digests[rows].any(axis=1)
+        self._put(rows[learned].tolist(), known["digest"][learned].tolist())
+        moved = np.zeros_like(self.moved)
+        moved[self.firsts[rows[alike & ~same]]] = True
+        self.moved[:] |= moved[self.firsts]
+
+    def read(self, rows: Sequence[int], pool: Executor, guess: tuple[int, int] | None = None) -> set[tuple[int, int]]:
+        """Read the headers of some images, several at once; return the distinct sizes of those that can be read."""
+        chunks = [rows[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
+        found = list(chain.from_iterable(pool.map(lambda some: self._read(some, guess or UNKNOWN), chunks)))
+        self.seen[np.asarray(rows, np.int64)] = np.reshape(np.array(found, np.int64), (-1, 2))
+        return set(found) - {UNREADABLE}
+
+    def _read(self, rows: Sequence[int], guess: tuple[int, int]) -> list[tuple[int, int]]:
         side = guess[0] if guess[0] == guess[1] else 0
         inside: dict[str, bool] = {}  # whether a folder, links followed, lies in the root
         sizes = []
-        for path in paths:
-            place, folder = self.members[path], path.rpartition("/")[0]
+        for path, place in map(self.images.__getitem__, rows):
+            folder = path.rpartition("/")[0]
             if folder not in inside:
                 inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
             try:
@@ -153,13 +176,13 @@ def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
     Reading stops at a second size, or at a side above `_LARGEST_KEPT`: `choose_transform` then chooses what it would
     choose knowing all sizes.
     """
-    sizes = set(scan.seen.values()) - {UNREADABLE}
-    unread = [path for path, state in scan.states.items() if path not in scan.seen and state.size != ABSENT]
+    first = scan.firsts == np.arange(len(scan.firsts))
+    unread = np.flatnonzero(first & (scan.seen[:, 0] == UNKNOWN[0]) & (scan.states[:, 0] != ABSENT)).tolist()
+    sizes = {(width, height) for width, height in np.unique(scan.seen, axis=0).tolist() if width > 0}
     start, count = 0, 16
     # No further size can change the transform once there are two, or one that every transform resizes.
     while start < len(unread) and len(sizes) < 2 and not any(max(size) > _LARGEST_KEPT for size in sizes):
-        guess = next(iter(sizes)) if len(sizes) == 1 else None
-        sizes |= scan.read(unread[start : start + count], pool, guess)
+        sizes |= scan.read(unread[start : start + count], pool, next(iter(sizes), None))
         start, count = start + count, min(2 * count, 1 << 14)
     return sizes
 
@@ -180,14 +203,13 @@ class DatasetFiles:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Keep the scan once more, however the block ends, if digests were learned in it."""
-        known = len(self.scan.digests)
+        known = self.scan.digests.any(axis=1).sum()
         try:
             yield
         finally:
-            if len(self.scan.digests) > known:
+            if self.scan.digests.any(axis=1).sum() > known:
                 # What other processes kept meanwhile stays, as far as it holds for the files as they were here.
-                _, others, _ = _still_true(decode_scan(self.folder / "scan.parquet"), self.scan.states)
-                self.scan.digests.update(others | self.scan.digests)
+                self.scan.recall(decode_scan(self.folder / "scan.parquet"))
                 self.keep()
 
 
@@ -199,7 +221,7 @@ def scan_dataset(
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     sizes = read_sizes(scan, pool)
     if not sizes:
-        raise none_readable(dataset, root, decoding)
+        raise none_readable(dataset, scan)
     return DatasetFiles(root, folder, scan, sizes)
 
 
@@ -214,26 +236,14 @@ def image_root(dataset: ImageDataset) -> Path:
     return dataset.root
 
 
-def none_readable(dataset: ImageDataset, root: Path, decoding: Decoding | None = None) -> DatasetNotFoundError:
+def none_readable(dataset: ImageDataset, scan: Scan) -> DatasetNotFoundError:
     """The error for a dataset without any readable image, with the first reasons."""
-    prepared = [prepare(root, source, (), decoding=decoding) for source in image_refs(dataset.table.head(3))]
-    reasons = dict.fromkeys(image.reason for image in prepared if image.reason)
+    reasons = dict.fromkeys(filter(None, (scan.fault(*image) for image in scan.images[:3])))
     return DatasetNotFoundError(
-        "none of the dataset's images can be read", code="no-readable-image", where=root,
+        "none of the dataset's images can be read", code="no-readable-image", where=scan.root,
         found=f"{len(dataset)} names; the first: {'; '.join(reasons) or 'headers without a size'}",
-        fix=f"embcache datasets {dataset.layout} --data-root {root}",
+        fix=f"embcache datasets {dataset.layout} --data-root {scan.root}",
     )  # fmt: skip
-
-
-def dataset_transform(
-    backbone: Backbone, kind: str | None, dataset: ImageDataset, home: PathLike | None = None
-) -> Transform:
-    """The transform that an extraction of ``backbone`` over ``dataset`` would use."""
-    with ThreadPoolExecutor(default_workers()) as pool:
-        files = scan_dataset(dataset, home, pool)
-    chosen = choose_transform(backbone, kind, files.sizes)
-    files.keep()
-    return chosen
 
 
 def scan_images(
@@ -244,41 +254,28 @@ def scan_images(
     The header of the first file of each suffix is read, so that a decoder that is not installed is missed now.
     """
     began = time.time_ns()
-    images = list(dict.fromkeys(zip(dataset.table["path"].tolist(), dataset.table["place"].tolist(), strict=True)))
-    members: dict[str, str] = {}
-    for path, place in images:
-        members.setdefault(path, place)
+    rows: dict[tuple[str, str], int] = {}
+    first: dict[str, int] = {}  # row of the first image in each file
+    firsts = list[int]()
+    for image in zip(dataset.table["path"].tolist(), dataset.table["place"].tolist(), strict=True):
+        if (row := rows.setdefault(image, len(rows))) == len(firsts):
+            firsts.append(first.setdefault(image[0], row))
+    states = np.full((len(rows), len(_STATE)), _GONE, np.int64)
     try:
-        states = {path: state or _GONE for path, state in stat_files(root, list(members))}
+        for path, state in stat_files(root, list(first)):
+            states[first[path]] = state or _GONE
     except OSError as error:
         raise medium_failed(Path(error.filename or root), error) from error
-    seen, digests, moved = _still_true(known, states)
-    scan = Scan(root, states, seen, members, digests, moved, images, began, decoding or Decoding())
-    first: dict[str, str] = {}
-    for path, state in states.items():
-        if state.size != ABSENT:
-            first.setdefault(path[path.rfind(".") :].lower() if "." in path[-8:] else "", path)
-    scan.read([path for path in first.values() if path not in scan.seen], pool)
+    n = len(rows)
+    seen, digests, moved = np.full((n, 2), UNKNOWN), np.zeros((n, 32), np.uint8), np.zeros(n, bool)
+    scan = Scan(root, rows, np.array(firsts), states[firsts], seen, digests, moved, began, decoding or Decoding())
+    scan.recall(known)
+    suffixes: dict[str, int] = {}
+    for path, row in first.items():
+        if states[row, 0] != ABSENT:
+            suffixes.setdefault(path[path.rfind(".") :].lower() if "." in path[-8:] else "", row)
+    scan.read([row for row in suffixes.values() if scan.seen[row, 0] == UNKNOWN[0]], pool)
     return scan
-
-
-def _still_true(
-    known: pd.DataFrame | None, states: Mapping[str, FileState]
-) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, str], str], frozenset[str]]:
-    """Sizes and digests of an earlier scan that still hold, and files changed except for size and time."""
-    seen: dict[str, tuple[int, int]] = {}
-    digests: dict[tuple[str, str], str] = {}
-    moved = set()
-    for path, place, *then, width, height, digest in () if known is None else known.itertuples(index=False, name=None):
-        now = states.get(path)
-        if now is not None and now == tuple(then):
-            if width > 0:
-                seen[path] = width, height
-            if digest:
-                digests[path, place] = digest
-        elif now is not None and now[:2] == tuple(then[:2]):
-            moved.add(path)
-    return seen, digests, frozenset(moved)
 
 
 def encode_scan(scan: Scan) -> bytes:
@@ -287,12 +284,9 @@ def encode_scan(scan: Scan) -> bytes:
     Width and height are -1 for headers that were not read; a digest is empty if it is not known, or if the file was
     written so shortly before the scan that it could change without another time.
     """
-    late = scan.began_ns - _TICK_NS
-    states = np.array([scan.states[path] for path, _ in scan.images], dtype=np.int64).reshape(-1, len(_STATE))
-    sizes = np.array([scan.seen.get(path, UNKNOWN) for path, _ in scan.images], dtype=np.int64).reshape(-1, 2)
-    settled = states[:, 1:3].max(axis=1) < late
-    digests = [scan.digests.get(image, "") if old else "" for image, old in zip(scan.images, settled, strict=True)]
-    columns = [[path for path, _ in scan.images], [place for _, place in scan.images], *states.T, *sizes.T, digests]
+    settled = scan.states[:, 1:3].max(axis=1) < scan.began_ns - TICK_NS
+    digests = Digests(np.where(settled[:, None], scan.digests, 0))
+    columns = [*zip(*scan.images, strict=True), *scan.states.T, *scan.seen.T, digests]
     buffer = io.BytesIO()
     table = pd.DataFrame(dict(zip(_SCAN_COLUMNS, columns, strict=True)))
     table.assign(**{_DECODER: DECODER_VERSION}).to_parquet(buffer, index=False)
@@ -312,7 +306,7 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
     if not ours or any(scan[name].dtype != "int64" for name in _SCAN_COLUMNS[2:-1]):
         return None
     texts = all(isinstance(value, str) for name in ("path", "place", "digest") for value in scan[name])
-    return scan[_SCAN_COLUMNS] if texts else None
+    return scan[_SCAN_COLUMNS] if texts and scan["digest"].str.fullmatch("([0-9a-f]{64})?").all() else None
 
 
 @dataclass(frozen=True)
@@ -348,13 +342,15 @@ def plan_store(
     and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more, though
     their files have not changed. So are images that were too large, if the scan's limit on pixels now allows them.
     """
-    states = scan.states
-    ids, paths, rows = (dataset.table[name].tolist() for name in ("id", "path", "place"))
-    members = dict(zip(ids, zip(paths, rows, strict=True), strict=True))
+    ids, paths, places = (dataset.table[name].tolist() for name in ("id", "path", "place"))
+    rows = [scan.rows[image] for image in zip(paths, places, strict=True)]
+    # Where the path is the id, one string serves as both.
+    ids = [path if id_ == (path := scan.images[row][0]) else id_ for id_, row in zip(ids, rows, strict=True)]
+    images = dict(zip(ids, rows, strict=True))
     while True:
         # In this order: `embcache gc` removes plans before shards, and what it removed is not owed.
-        committed, plans = set(store.committed()), store.plans()
-        owed = {number: entries for number, entries in plans.items() if number not in committed}
+        committed = set(store.committed())
+        owed = store.plans(committed)
         held, reasons = store.sources_and_reasons()
         # The row of an image that had left the dataset says nothing about one that is back.
         again = {
@@ -362,48 +358,53 @@ def plan_store(
             for image, reason in reasons.items()
             if retry_quarantined or reason == LEFT or fits_now(reason, scan.decoding.max_pixels)
         }
-        cached = sum(image in held for image in members)
+        cached = sum(image in images for image in held)
         due, copied = dict[str, PlanEntry](), dict[str, PlanEntry]()
         for _, entries in sorted(owed.items()):
             # Only `embcache gc` plans digests: it copies the rows that were made of those bytes.
             (copied if any(entry.digest for entry in entries) else due).update({entry.id: entry for entry in entries})
         held.update(copied | due)
         again.difference_update(due)
-        scan.confirm(
-            (path, place)
-            for image, (path, place) in members.items()
+        scan.confirm([
+            row
+            for (image, row), place in zip(images.items(), places, strict=True)
             # Only its digest tells if it has changed.
-            if image in held and image not in due and held[image].digest and states[path].size != ABSENT
-            and (place or held[image].size == states[path].size)
-        )  # fmt: skip
+            if image in held and image not in due and held[image].digest
+            and (size := scan.states[row, 0]) != ABSENT and (place or held[image].size == size)
+        ])  # fmt: skip
         fresh = [
-            image
-            for image, (path, place) in members.items()
-            if image not in held or image in again or not _same_bytes(held[image], image in due, scan, path, place)
+            k
+            for k, (image, row) in enumerate(images.items())
+            if image not in held or image in again or not _same_bytes(held[image], image in due, scan, row)
         ]
-        retried = sum(image in again for image in fresh)
-        changed = sum(image in held for image in fresh) - retried
+        retried = sum(ids[k] in again for k in fresh)
+        changed = sum(ids[k] in held for k in fresh) - retried
         size = store.rows_per_shard
-        first = max([*plans, *committed], default=-1) + 1
-        chunks = {first + i: fresh[start : start + size] for i, start in enumerate(range(0, len(fresh), size))}
-        made = {image: PlanEntry(image, *states[members[image][0]][:2], None, members[image][1]) for image in fresh}
+        number = max([*owed, *committed], default=-1) + 1
+        chunks = [fresh[start : start + size] for start in range(0, len(fresh), size)]
         # Another process may plan at the same moment: the one that finds its number taken starts again.
         if not publish or all(
-            publish_plan(store.path, number, [made[image] for image in chunk]) for number, chunk in chunks.items()
-        ):
-            shards = [Shard(number, tuple(entry.id for entry in entries)) for number, entries in sorted(owed.items())]
-            shards += [Shard(number, tuple(chunk)) for number, chunk in chunks.items()]
+            publish_plan(store.path, number + i, [
+                PlanEntry(ids[k], int(scan.states[rows[k], 0]), int(scan.states[rows[k], 1]), None, places[k])
+                for k in chunk
+            ])
+            for i, chunk in enumerate(chunks)
+        ):  # fmt: skip
+            shards = [Shard(n, tuple(entry.id for entry in entries)) for n, entries in owed.items()]
+            shards += [Shard(number + i, tuple(ids[k] for k in chunk)) for i, chunk in enumerate(chunks)]
             shards.sort(key=lambda shard: shard.number)
             return Plan(tuple(shards), cached - changed - retried, len(fresh) - changed - retried, changed, retried)
 
 
-def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, path: str, place: str) -> bool:
+def _same_bytes(held: PlanEntry, owed: bool, scan: Scan, row: int) -> bool:
     """Whether the image's bytes are those that its row was made from, or is owed of."""
-    state = scan.states[path]
-    alike = (held.size, held.mtime_ns) == state[:2]
+    size, mtime_ns = scan.states[row, :2].tolist()
+    alike = bool((held.size, held.mtime_ns) == (size, mtime_ns))
     if owed:  # it is read when it is computed
         return alike
     if not held.digest:
         # There were no bytes, or not of the image alone (array files). Another store's scan may have seen the change.
-        return alike and path not in scan.moved and (state.size == ABSENT or not scan.readable(path, place))
-    return held.digest == scan.digests.get((path, place))
+        if not alike or scan.moved[row]:
+            return False
+        return bool(size == ABSENT or scan.fault(*scan.images[row]))
+    return bool(bytes.fromhex(held.digest) == scan.digests[row].tobytes())

@@ -9,7 +9,6 @@ bit.
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -30,21 +29,15 @@ from embcache.backbones.transforms import Augmentation, Transform, augmentation,
 from embcache.cores import keep_freed_memory
 from embcache.data.budget import Decoding
 from embcache.data.images import ImageRef, read_image
-from embcache.errors import DatasetError, ImageError, UsageError, check_choice
+from embcache.errors import ImageError, UsageError, check_choice
+from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.sealed import canonical_json
 from embcache.store.schema import PRECISIONS, ShardRows
 
 DTYPES = ("float32", "float16")
 
-# Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
-# 2: batch norms folded into convolutions; bfloat16 throughout.
-NUMERICS = 2
-
 # Batches that a GPU may be given before the features of the first are waited for.
 DEPTH = 2
-
-# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
-LEFT = "no longer in the dataset"
 
 # Batches that are decoded while one is used, if another device than the decoding cores uses it.
 AHEAD = 2
@@ -80,16 +73,6 @@ def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decodi
     except ValueError as error:
         # The file is of another size than when the dataset was scanned, or of one that the transform enlarges too much.
         return Prepared((), digest, str(error))
-
-
-def medium_failed(path: Path, error: OSError) -> DatasetError:
-    """The error for a file that the system does not give: it says nothing about the image, so the run stops."""
-    return DatasetError(
-        "an image cannot be read for now; it is not quarantined, for that says nothing about the image",
-        code="image-not-readable", found=f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}",
-        where=path,
-        fix="check the disk, the mount and the permissions, then run the same command: what is committed stays",
-    )  # fmt: skip
 
 
 def prepare_batches(

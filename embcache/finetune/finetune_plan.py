@@ -21,7 +21,7 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import class_flags
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError, check_number
-from embcache.extract.extract import make_recipe
+from embcache.extract.recipes import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.fields import bare_name, parse_weights
@@ -70,12 +70,7 @@ class Networks:
 
     def notes(self) -> list[str]:
         """What a reader must know of this training in addition to what is true of probing."""
-        domain = self.dataset.layout
-        notes = [
-            f"{spec.name} was pretrained on images of {domain}: its scores there are contaminated"
-            for spec in self.specs
-            if domain in spec.contaminated
-        ]
+        notes = [note for spec in self.specs for note in spec.contamination(self.dataset.layout)]
         if self.config.precision != "fp32":
             notes.append(f"{' + '.join(self.names)}: finetuned in {self.config.precision}")
         return notes

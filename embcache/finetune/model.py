@@ -17,7 +17,7 @@ from embcache.backbones.catalog import Backbone, library_of
 from embcache.backbones.networks import build_network
 from embcache.backbones.transforms import Transform, normalize
 from embcache.errors import RecipeError, StoreError, UsageError, WeightsError
-from embcache.extract.extract import recipe_backbone
+from embcache.extract.recipes import recipe_backbone
 from embcache.extract.worker import arithmetic, pick_device
 from embcache.paths import PathLike
 from embcache.probe.heads import check_backbones, find_head, heads, make_head

@@ -135,7 +135,7 @@ def _look(path: Path, header: StoreHeader) -> _Seen:
     wasteful = [number for number in partly if number not in held]
     return _Seen(
         live=live,
-        sources=row_sources(live, plans),
+        sources=row_sources(live, lambda number: plans.get(number, ())),
         plans=owed,
         next=max([*plans, *committed], default=-1) + 1,
         wasteful=wasteful,
@@ -156,8 +156,7 @@ def _new_shards(path: Path, header: StoreHeader, seen: _Seen) -> Iterator[tuple[
         if not any(entry.digest for entry in entries):
             continue
         live = read_live(path, header, [n for n in seen.live.shard_rows if n < number])
-        plans = {n: read_plan(path, n) for n in set(live.shards.tolist())}
-        place = {entry: k for k, entry in enumerate(row_sources(live, plans))}
+        place = {entry: k for k, entry in enumerate(row_sources(live, partial(read_plan, path)))}
         if all(entry in place for entry in entries):
             unfinished = True
             yield number, (live, entries, [place[entry] for entry in entries])

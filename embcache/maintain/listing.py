@@ -125,7 +125,7 @@ def walk_stores(
 
 def require_weights(stores: Sequence[Path], weights: Mapping[str, PathLike], home: PathLike | None) -> None:
     """Name the checkpoints of the user's own that are not given, of all stores, before the first is read."""
-    from embcache.extract.extract import require_checkpoints
+    from embcache.extract.recipes import require_checkpoints
 
     recipes = []
     for path in stores:
@@ -298,7 +298,7 @@ def dry_run(
     names: Sequence[str], dataset: ImageDataset, config: ExtractConfig | None = None, *, home: PathLike | None = None
 ) -> list[DryRun]:
     """Compare what an extraction with this config wants with what is cached; nothing is written."""
-    from embcache.extract.extract import open_networks
+    from embcache.extract.recipes import open_networks
     from embcache.extract.scan import scan_dataset
 
     config = config or ExtractConfig()
@@ -314,7 +314,7 @@ def dry_run(
 def _one(
     name: str, network: FrozenNetwork, dataset: ImageDataset, files: DatasetFiles, home: PathLike | None, again: bool
 ) -> DryRun:
-    from embcache.extract.extract import make_recipe
+    from embcache.extract.recipes import make_recipe
     from embcache.extract.scan import plan_store
 
     recipe, ids = make_recipe(network), dataset.table["id"].tolist()

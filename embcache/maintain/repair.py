@@ -24,8 +24,8 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, UsageError, first_few
 from embcache.extract.canaries import FLOAT16_TOLERANCE, TOLERANCES, check_canaries
-from embcache.extract.extract import make_recipe, recipe_network, recipe_transform, require_checkpoints
 from embcache.extract.pixels import pixel_recipe, pixel_rows
+from embcache.extract.recipes import make_recipe, recipe_network, recipe_transform, require_checkpoints
 from embcache.extract.worker import compute_shard
 from embcache.io import discard, make_folder
 from embcache.log import log

@@ -37,7 +37,8 @@ from embcache.errors import (
     first_few,
 )
 from embcache.extract.canaries import check_canaries
-from embcache.extract.extract import BATCH_SIZES, make_recipe, recipe_network, require_checkpoints
+from embcache.extract.extract import BATCH_SIZES
+from embcache.extract.recipes import make_recipe, recipe_network, require_checkpoints
 from embcache.extract.scan import image_root
 from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, prepare_batches, stack_batch
 from embcache.finetune.model import FinetunedModel, load_fold

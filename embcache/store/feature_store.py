@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -147,8 +147,9 @@ def _run(rows: np.ndarray) -> np.ndarray | slice:
 class FeatureStore:
     """Cached features of one backbone over one dataset, under one recipe.
 
-    ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when one of them was first read;
-    ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing here writes.
+    ``ids``, ``features``, ``quarantined`` and ``digests`` describe the store as it was when one of them, or
+    ``sources()``, was first read; ``plans()``, ``committed()`` and ``sources()`` look at the disk each time. Nothing
+    here writes.
 
     Any method raises a `CorruptStoreError` where bytes on disk are not those that were committed, and a `StoreError`
     where the store has a form that this version does not read.
@@ -222,9 +223,9 @@ class FeatureStore:
         """Folder name of the store's dataset."""
         return self.path.parent.name
 
-    def plans(self) -> dict[int, tuple[PlanEntry, ...]]:
-        """Rows that each published shard owes or owed, by number, ascending."""
-        return reading.read_plans(self.path)
+    def plans(self, but: Container[int] = ()) -> dict[int, tuple[PlanEntry, ...]]:
+        """Rows that each published shard owes or owed, by number, ascending; without those of some numbers."""
+        return reading.read_plans(self.path, but)
 
     def committed(self) -> tuple[int, ...]:
         """Numbers of the committed shards, ascending."""
@@ -239,10 +240,10 @@ class FeatureStore:
 
         def look() -> tuple[reading.LiveRows, list[PlanEntry]]:
             live = reading.read_live(self.path, self._header)
-            plans = {number: reading.read_plan(self.path, number) for number in set(live.shards.tolist())}
-            return live, reading.row_sources(live, plans)
+            return live, reading.row_sources(live, partial(reading.read_plan, self.path))
 
         live, held = reading.unless_collected(self.path, look)
+        self.__dict__.setdefault("_live", live)
         reasons = {id_: reason for id_, reason in zip(live.ids, live.reasons, strict=True) if reason}
         return {entry.id: entry for entry in held}, reasons
 
@@ -270,7 +271,10 @@ class FeatureStore:
 
     def restrict(self, ids: Iterable[str]) -> FeatureStore:
         """Return the same store showing only ``ids``, in their order; ids that it does not hold are ignored."""
-        return FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
+        restricted = FeatureStore(self.path, tuple(dict.fromkeys(map(str, ids))))
+        if "_live" in self.__dict__:
+            restricted.__dict__["_live"] = self._live
+        return restricted
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
         """Return the rows of ``features`` that belong to n images, int64 (n,); -1 for an image without one."""

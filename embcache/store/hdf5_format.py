@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from embcache.store.schema import NUMERIC_KINDS, RowIndex, ShardRows, StoreHeader, digests_from_bytes, digests_to_bytes
+from embcache.store.schema import NUMERIC_KINDS, Digests, RowIndex, ShardRows, StoreHeader, digests_to_bytes
 
 name = "hdf5"
 view = "view.h5"
@@ -43,7 +43,7 @@ def decode_index(files: Mapping[str, bytes]) -> RowIndex:
         ids, reasons = (
             tuple(value.decode("utf-8") for value in _get(file, name, data).tolist()) for name in ("ids", "reason")
         )
-        return RowIndex(ids, valid, digests_from_bytes(_get(file, "digest", data)), reasons)
+        return RowIndex(ids, valid, Digests(_get(file, "digest", data)), reasons)
 
 
 def decode_features(files: Mapping[str, bytes]) -> np.ndarray:

@@ -14,9 +14,10 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, TypeVar
 
@@ -26,7 +27,17 @@ from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, is_folder, list_folder, open_regular, read_regular
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
-from embcache.store.schema import FORM, FORMATS, PlanEntry, Recipe, RowIndex, StoreHeader, find_format, plan_entries
+from embcache.store.schema import (
+    FORM,
+    FORMATS,
+    Digests,
+    PlanEntry,
+    Recipe,
+    RowIndex,
+    StoreHeader,
+    find_format,
+    plan_entries,
+)
 
 _T = TypeVar("_T")
 CANARIES = "canaries.json"
@@ -51,7 +62,7 @@ class LiveRows:
 
     ids: list[str]
     valid: np.ndarray  # (n,); false where the image could not be read
-    digests: list[str]
+    digests: Digests
     reasons: list[str]
     shards: np.ndarray
     positions: np.ndarray
@@ -298,9 +309,9 @@ def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
                 raise
 
 
-def read_plans(store: Path) -> dict[int, tuple[PlanEntry, ...]]:
-    """Rows that each published shard owes or owed, by number, ascending; raises as `read_plan`."""
-    return unless_collected(store, lambda: {number: read_plan(store, number) for number in plan_numbers(store)})
+def read_plans(store: Path, but: Container[int] = ()) -> dict[int, tuple[PlanEntry, ...]]:
+    """Rows that each published shard owes or owed, by number, ascending, but some; raises as `read_plan`."""
+    return unless_collected(store, lambda: {n: read_plan(store, n) for n in plan_numbers(store) if n not in but})
 
 
 def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
@@ -316,12 +327,11 @@ def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = 
     last = dict(zip(ids, range(len(ids)), strict=True))  # of the rows of an id, the last one stays
     kept = range(len(ids)) if len(last) == len(ids) else sorted(last.values())
     rows = np.array(kept, dtype=np.int64)
-    digests = [digest for index in indexes for digest in index.digests]
     reasons = [reason for index in indexes for reason in index.reasons]
     return LiveRows(
         ids=[ids[k] for k in kept],
         valid=np.concatenate([np.zeros(0, bool), *(index.valid for index in indexes)])[rows],
-        digests=[digests[k] for k in kept],
+        digests=Digests(np.concatenate([np.zeros((0, 32), np.uint8), *(index.digests.raw for index in indexes)])[rows]),
         reasons=[reasons[k] for k in kept],
         shards=np.repeat(np.array(numbers, dtype=np.int64), lengths)[rows],
         positions=np.concatenate([np.zeros(0, np.int64), *(np.arange(n) for n in lengths)])[rows],
@@ -329,12 +339,16 @@ def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = 
     )
 
 
-def row_sources(live: LiveRows, plans: Mapping[int, Sequence[PlanEntry]]) -> list[PlanEntry]:
+def row_sources(live: LiveRows, plan: Callable[[int], Sequence[PlanEntry]]) -> list[PlanEntry]:
     """The source of each live row: as its own shard's plan has it, with the digest that was decoded."""
-    planned = {number: {entry.id: entry for entry in plans.get(number, ())} for number in set(live.shards.tolist())}
-    rows = zip(live.ids, live.shards.tolist(), live.digests, strict=True)
-    found = [(planned[shard].get(id_, PlanEntry(id_, -1, -1)), digest) for id_, shard, digest in rows]
-    return [PlanEntry(entry.id, entry.size, entry.mtime_ns, digest or None, entry.place) for entry, digest in found]
+    found: list[PlanEntry] = []
+    rows = zip(live.shards.tolist(), live.ids, live.digests, strict=True)
+    for number, those in groupby(rows, lambda row: row[0]):  # one plan at a time: there may be millions of rows
+        planned = {entry.id: entry for entry in plan(number)}
+        for _, id_, digest in those:
+            entry = planned.get(id_) or PlanEntry(id_, -1, -1)
+            found.append(PlanEntry(id_, entry.size, entry.mtime_ns, digest or None, entry.place))
+    return found
 
 
 def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:

@@ -25,6 +25,10 @@ FORM = 2
 FOREIGN = "foreign features"
 """Stands for the architecture in the recipe of features that were made elsewhere and imported."""
 
+# Raised whenever the arithmetic between decoded pixels and stored features changes: it is part of every recipe.
+# 2: batch norms folded into convolutions; bfloat16 throughout.
+NUMERICS = 2
+
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 FORMATS = ("zarr", "hdf5")
 MOST_ROW_BYTES = 1 << 28
@@ -314,7 +318,7 @@ class RowIndex:
 
     ids: tuple[str, ...]  # unique within the shard
     valid: np.ndarray  # (n,); false where the image could not be read
-    digests: tuple[str, ...]  # sha256 of each image's bytes, 64 hex digits, ``""`` where unknown
+    digests: Digests  # sha256 of each image's bytes, ``""`` where unknown
     reasons: tuple[str, ...]  # why a row is not valid; ``""`` where it is
 
 
@@ -397,11 +401,19 @@ def digests_to_bytes(digests: Sequence[str]) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(len(digests), 32)
 
 
-def digests_from_bytes(raw: np.ndarray) -> tuple[str, ...]:
-    """Invert :func:`digests_to_bytes`."""
-    digits = raw.tobytes().hex()
-    found = (digits[start : start + 64] for start in range(0, len(digits), 64))
-    return tuple("" if digest == "0" * 64 else digest for digest in found)
+class Digests(Sequence[str]):
+    """The inverse of `digests_to_bytes`: hex digits are made when a digest is looked at, for there may be millions."""
+
+    def __init__(self, raw: np.ndarray) -> None:
+        if raw.dtype != np.uint8 or raw.shape[1:] != (32,):
+            raise ValueError(f"digests are {_shape(raw)}, not uint8 (n, 32)")
+        self.raw = raw
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, row: Any) -> Any:
+        return Digests(self.raw[row]) if isinstance(row, slice) else self.raw[row].tobytes().hex().replace("0" * 64, "")
 
 
 def _shape(array: np.ndarray) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embcache.store.schema import RowIndex, ShardRows, StoreHeader, digests_from_bytes, digests_to_bytes
+from embcache.store.schema import Digests, RowIndex, ShardRows, StoreHeader, digests_to_bytes
 
 if TYPE_CHECKING:
     import zarr
@@ -49,7 +49,7 @@ def decode_index(files: Mapping[str, bytes]) -> RowIndex:
     """Everything but the features of a shard."""
     _check_group(bytes(files[ROOT + "zarr.json"]))
     ids, reasons = _decode(files, "ids"), _decode(files, "reason")
-    return RowIndex(ids, _decode(files, "valid"), digests_from_bytes(_decode(files, "digest")), reasons)
+    return RowIndex(ids, _decode(files, "valid"), Digests(_decode(files, "digest")), reasons)
 
 
 def decode_features(files: Mapping[str, bytes]) -> np.ndarray:

@@ -22,7 +22,8 @@ from embcache.backbones.catalog import find_backbone, load_backbone, repool, wei
 from embcache.backbones.transforms import choose_transform, normalize
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError, WeightsError
-from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.extract import extract_features
+from embcache.extract.recipes import recipe_network
 from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_features
 from embcache.results.predict import predict

@@ -19,7 +19,8 @@ from embcache.backbones.transforms import normalize
 from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError, WeightsError
-from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.extract import extract_features
+from embcache.extract.recipes import recipe_network
 from embcache.finetune.finetune import finetune_images
 from embcache.finetune.model import empty_backbone
 from embcache.log import shown
@@ -139,7 +140,10 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, home: Path, tmp_path: Path) -> None:
+def test_a_copy_is_the_same_store_and_predicts_from_its_folder(
+    images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embcache.extract.extract.TICK_NS", -(10**10))
     make("dinov2", tmp_path / "net")
     shutil.copytree(tmp_path / "net", tmp_path / "elsewhere" / "mirror")
     dataset = load_dataset("folder", images)
@@ -150,6 +154,14 @@ def test_a_copy_is_the_same_store_and_predicts_from_its_folder(images: Path, hom
     assert isinstance(again, FeatureStore)
     assert said[0].startswith("hf:mirror has the same weights as hf:net, and these features are used")
     assert (again.path, again.recipe.backbone) == (store.path, "hf:net")
+    with monkeypatch.context() as patch:  # once more, without a network
+        patch.setattr("embcache.extract.recipes.load_backbone", None)
+        with shown((known := list[str]()).append):
+            extract_features(f"hf:{tmp_path / 'elsewhere' / 'mirror'}", dataset)
+        assert known == said
+        (tmp_path / "elsewhere" / "mirror" / "config.json").touch()
+        with pytest.raises(TypeError, match="not callable"):
+            extract_features(f"hf:{tmp_path / 'elsewhere' / 'mirror'}", dataset)
     assert str(tmp_path) not in (store.path / "recipe.json").read_text()
     with refused(StoreNotFoundError, "store-not-found") as typed:
         open_store(f"hf:{tmp_path / 'net'}", dataset)

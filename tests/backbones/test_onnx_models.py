@@ -16,7 +16,8 @@ from embcache.backbones.catalog import find_backbone, load_backbone, repool, wei
 from embcache.backbones.onnx_models import KEY
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError, WeightsError
-from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.extract import extract_features
+from embcache.extract.recipes import recipe_network
 from embcache.finetune.finetune import finetune_images
 from embcache.maintain.listing import dry_run
 from embcache.probe.probe import probe_features

@@ -22,7 +22,8 @@ from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.extract.engines.devices import Crew
 from embcache.extract.engines.local import Stop
-from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.extract import extract_features
+from embcache.extract.recipes import recipe_network
 from embcache.finetune.finetune import finetune_images
 from embcache.log import shown
 from embcache.maintain.listing import dry_run

@@ -28,7 +28,7 @@ from tools.stats import modules
 @pytest.fixture
 def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A table of small images with columns, beside folders of classes; every network is tiny."""
-    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_tiny)
+    monkeypatch.setattr("embcache.extract.recipes.load_backbone", load_tiny)
     rows = []
     for i in range(40):
         write_image(tmp_path / "mine" / f"{i}.png", i, (24, 24))

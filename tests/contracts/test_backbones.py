@@ -21,7 +21,8 @@ from embcache.backbones.catalog import Backbone, LoadedBackbone, backbones, find
 from embcache.backbones.transforms import Transform
 from embcache.data.dataset import load_dataset
 from embcache.errors import UsageError
-from embcache.extract.extract import extract_features, recipe_network
+from embcache.extract.extract import extract_features
+from embcache.extract.recipes import recipe_network
 from embcache.store.feature_store import FeatureStore, open_store
 from embcache.testing import check_backbone
 from tests.extract import published

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 import embcache.extract.engines.local as compute
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 import embcache.store.lease as lease
 from embcache import io
 from embcache.data.dataset import load_dataset
@@ -88,7 +89,7 @@ def small() -> Iterator[None]:
     """A tiny network, small shards; leases that are over at once, for their holder is paused; no waiting for disks."""
     patches: list[tuple[Any, str, Any]] = [
         (run, "load_backbone", load_tiny),
-        (run, "ROWS_PER_SHARD", {"cpu": ROWS, "cuda": ROWS}),
+        (extracting, "ROWS_PER_SHARD", {"cpu": ROWS, "cuda": ROWS}),
         (compute, "_POLL_SECONDS", 0.0),
         (lease, "TTL_SECONDS", -1.0),
         (lease.Lease, "_beat", lambda self: None),

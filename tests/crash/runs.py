@@ -23,7 +23,9 @@ import zarr.storage
 from PIL import Image
 
 import embcache.extract.engines.local as compute
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
+import embcache.extract.worker as worker
 import embcache.store.lease as lease
 from embcache.backbones.catalog import LoadedBackbone
 from embcache.data.dataset import ImageDataset
@@ -66,7 +68,7 @@ def prepare() -> None:
     Image.init()
     torch.set_num_threads(1)
     run.load_backbone = _load
-    run.ROWS_PER_SHARD["cpu"] = ROWS
+    extracting.ROWS_PER_SHARD["cpu"] = ROWS
     compute._POLL_SECONDS = 0.02
 
 
@@ -155,7 +157,7 @@ class Child:
     ) -> None:
         if ttl is not None:
             lease.TTL_SECONDS = ttl
-        original = run.compute_shard
+        original = worker.compute_shard
         counter = os.open(self.log / "shards", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def counting(root: Path, sources: Any, networks: Sequence[Any], **keywords: Any) -> Any:
@@ -163,7 +165,7 @@ class Child:
             os.write(counter, b"." * len(networks))
             return rows
 
-        run.compute_shard = counting
+        worker.compute_shard = counting
         if self._journal:
             hook = self._journal.hook
             compute.commit_shard = _acknowledging(self._journal, home)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 from embcache.backbones.catalog import Backbone, LoadedBackbone, find_backbone
 from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
@@ -59,7 +60,7 @@ class Scaled(nn.Module):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 8)
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_a_network_with_a_fault_is_refused_before_an_image_is_read(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("EMBCACHE_HOME", str(home))
-    monkeypatch.setattr(run, "compute_shard", None)
+    monkeypatch.setattr("embcache.extract.worker.compute_shard", None)
     with refused(UsageError, code):
         extract_features(Backbone.from_module(Odd(fault), name="odd", dim=dim), ds, home=home)
     assert not list(home.rglob("recipe.json"))

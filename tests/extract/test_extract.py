@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +16,10 @@ import torch
 import torchvision
 from PIL import Image
 
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 import embcache.extract.worker as batching
-from embcache.backbones.catalog import Backbone
+from embcache.backbones.catalog import Backbone, LoadedBackbone
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import DatasetNotFoundError, UsageError
 from embcache.extract.extract import extract_features
@@ -124,9 +130,9 @@ def test_several_backbones_decode_each_image_once(images: Path, home: Path, monk
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 6)
     whole = extract(images, home=tmp_path / "whole", batch_size=4)
-    original, calls = run.compute_shard, []
+    original, calls = batching.compute_shard, []
 
     def interrupted(*arguments: object, **keywords: object) -> object:
         calls.append(1)
@@ -134,10 +140,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return original(*arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run, "compute_shard", interrupted)
+    monkeypatch.setattr(batching, "compute_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(images, home=tmp_path / "resumed", batch_size=4)
-    monkeypatch.setattr(run, "compute_shard", original)
+    monkeypatch.setattr(batching, "compute_shard", original)
     done = run_extraction(["random"], load(images), home=tmp_path / "resumed")[0]
     assert done.computed == 8
     assert done.cached == 12
@@ -162,7 +168,7 @@ def test_another_recipe_never_touches_a_store(images: Path, home: Path) -> None:
 def test_parts_together_are_the_whole(
     images: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 6)
     whole = extract(images, home=tmp_path / "whole")
     counts = [run_extraction(["random"], load(images), part=(i, 3))[0].computed for i in (1, 2, 3)]
     assert sum(counts) == 20
@@ -240,3 +246,151 @@ def test_a_cached_dataset_may_be_named(images: Path, home: Path) -> None:
     assert isinstance(store, FeatureStore)
     assert isinstance(again, FeatureStore)
     assert again.path == store.path
+
+
+# Complete stores: no network is built
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backbones whose networks were built; the digest of each is that of its ``--weights``."""
+    names: list[str] = []
+
+    def load_counted(name: str, **options: object) -> LoadedBackbone:
+        names.append(name)
+        given = options.get("weights")
+        digest = hashlib.sha256(Path(str(given)).read_bytes() if given else name.encode()).hexdigest()
+        return replace(load_tiny(name), weights_sha256=digest, inferred="trunk of a file" if given else "")
+
+    monkeypatch.setattr(run, "load_backbone", load_counted)
+    monkeypatch.setattr(extracting, "TICK_NS", -(10**10))  # files that were written just now count as settled
+    return names
+
+
+def memo(home: Path) -> Path:
+    (file,) = home.glob("*/networks.json")
+    return file
+
+
+def facts(done: object) -> dict[str, object]:
+    return {name: value for name, value in vars(done).items() if name != "seconds"}
+
+
+def test_a_run_over_complete_stores_builds_no_network_and_says_the_same(
+    images: Path, home: Path, tmp_path: Path, built: list[str]
+) -> None:
+    (images / "benign" / "cut.png").write_bytes(b"")
+    (tmp_path / "w.pth").write_bytes(b"one")
+    names, options = ["random", "supervised", "mine=supervised"], {"weights": (f"supervised={tmp_path / 'w.pth'}",)}
+    options["weights"] += (f"mine={tmp_path / 'w.pth'}",)
+    said: list[list[str]] = [[], [], []]
+    first = [run_extraction(names, load(images), say=said[0].append, rows_per_shard=n, **options) for n in (7, 8)][1]
+    assert len(built) == 6
+    second = run_extraction(names, load(images), say=said[1].append, rows_per_shard=8, **options)
+    assert len(built) == 6
+    memo(home).unlink()
+    third = run_extraction(names, load(images), say=said[2].append, rows_per_shard=8, **options)
+    assert len(built) == 9
+    assert [facts(each) for each in second] == [facts(each) for each in third]
+    assert said[1] == said[2]
+    assert any("trunk of a file" in text for text in said[1])
+    assert any("keeps them" in text for text in said[1])
+    assert second[0].quarantined == first[0].quarantined
+    assert len(second[0].quarantined) == 1
+
+
+def test_a_complete_store_needs_no_torch(images: Path, home: Path, built: list[str]) -> None:
+    run_extraction(["random"], load(images))
+    code = (
+        "import sys; sys.argv[0] = 'embcache'\n"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "from embcache.cli import main; main()"
+    )
+    words = ["extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(images), "--json", "-"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"
+    assert '"cached": 20' in done.stdout
+
+
+def test_another_weights_file_of_equal_size_and_time_is_noticed(
+    images: Path, home: Path, tmp_path: Path, built: list[str]
+) -> None:
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"one")
+    first = run_extraction(["supervised"], load(images), weights=(str(weights),))[0]
+    state = weights.stat()
+    (tmp_path / "other").write_bytes(b"two")
+    (tmp_path / "other").replace(weights)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    second = run_extraction(["supervised"], load(images), weights=(str(weights),))[0]
+    assert len(built) == 2
+    assert second.computed == 20
+    assert second.store.path != first.store.path
+    weights.unlink()
+    with pytest.raises(FileNotFoundError):  # of the loader above
+        run_extraction(["supervised"], load(images), weights=(str(weights),))
+
+
+def test_a_checkpoint_that_was_just_written_is_not_trusted(
+    images: Path, home: Path, tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extracting, "TICK_NS", 10**12)
+    (tmp_path / "w.pth").write_bytes(b"one")
+    for _ in range(2):
+        run_extraction(["supervised"], load(images), weights=(str(tmp_path / "w.pth"),))
+    assert len(built) == 2
+
+
+def test_what_left_or_changed_since_is_computed(images: Path, home: Path, built: list[str]) -> None:
+    first = run_extraction(["random"], load(images))[0]
+    draw(images / "benign" / "01.png", 101)
+    done = run_extraction(["random"], load(images))[0]
+    assert (len(built), done.computed, done.changed, done.cached) == (2, 1, 1, 19)
+    first.store.path.rename(home / "away")
+    done = run_extraction(["random"], load(images))[0]
+    assert (len(built), done.computed) == (3, 20)
+    run_extraction(["random"], load(images))
+    assert len(built) == 3
+    for other in ({"transform": "imagenet"}, {"views": 2}, {"precision": "bf16"}, {"runtime": "eager"}):
+        run_extraction(["random"], load(images), **other)
+    assert len(built) == 7
+    run_extraction(["random"], load(images), runtime="eager")
+    assert len(built) == 8
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "others", "folder"])
+def test_a_damaged_memo_does_no_harm(damage: str, images: Path, home: Path, built: list[str]) -> None:
+    run_extraction(["random"], load(images))
+    file = memo(home)
+    whole = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        flipped = whole.replace(b'"random"', b'"swapped"')
+        others = extracting.seal({"networks": {"a": {"recipe": 3}}, "more": [None]})
+        file.write_bytes({"empty": b"", "cut": whole[:-9], "flipped": flipped, "others": others}[damage])
+    assert run_extraction(["random"], load(images))[0].cached == 20
+    assert len(built) == 2
+    if damage != "folder":
+        assert file.read_bytes() == whole
+
+
+def test_processes_that_write_it_at_once_leave_it_whole(images: Path, home: Path, built: list[str]) -> None:
+    dataset = load(images)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: run_extraction([f"random:{seed}"], dataset), (1, 2, 3, 4)))
+    assert memo(home).read_bytes().endswith(b"}\n")
+    assert not list(memo(home).parent.glob(".networks*"))
+    run_extraction([f"random:{seed}" for seed in (1, 2, 3, 4)], dataset)
+    before = len(built)
+    run_extraction([f"random:{seed}" for seed in (4, 3, 2, 1)], dataset)
+    assert len(built) == before
+
+
+def test_code_of_others_is_never_remembered(images: Path, home: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    own = Backbone.from_module(module, name="own", dim=3)
+    for _ in range(2):
+        run_extraction([own], load(images))  # type: ignore[list-item]
+    assert not list(home.glob("*/networks.json"))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import embcache
-import embcache.extract.extract as run
+import embcache.extract.recipes as run
 from embcache.cli import app
 from embcache.config import ImportConfig
 from embcache.data.dataset import ImageDataset, load_dataset

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
 import embcache.extract.pixels as pixels
+import embcache.extract.recipes as run
 import embcache.extract.worker as batching
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import Transform, center, choose_transform, frame
@@ -41,7 +42,7 @@ PAPER = choose_transform(find_backbone("random"), "paper", {(300, 200)})
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, a small network."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 6)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 import embcache
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 import embcache.extract.worker as batching
 from embcache.backbones.catalog import LoadedBackbone
 from embcache.data.dataset import ImageDataset, load_dataset
@@ -30,7 +31,7 @@ from tests.refusal import refused
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 6)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 6)
 
 
 def load(root: Path) -> ImageDataset:
@@ -88,7 +89,7 @@ def test_one_bad_image_is_borne_by_default_and_two_of_twenty_are_not(images: Pat
 
 def test_images_that_left_the_dataset_do_not_count(images: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run.LocalEngine, "shards", lambda engine: (shard for shard in ()))
+        patch.setattr(extracting.LocalEngine, "shards", lambda engine: (shard for shard in ()))
         extract(images)  # plans only
     kept = images.parent / "kept"
     for number in (1, 3, 5):

@@ -13,7 +13,7 @@ from embcache.backbones import runtimes
 from embcache.backbones.runtimes import Compiled, choose_runtime, departure
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import UsageError
-from embcache.extract import extract as extraction
+from embcache.extract import recipes as extraction
 from embcache.maintain.repair import check_sample, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.store.feature_store import FeatureStore

@@ -18,7 +18,7 @@ from embcache.backbones.catalog import LoadedBackbone
 from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract import extract as run
+from embcache.extract import recipes as run
 from embcache.extract.engines import devices as other_devices
 from embcache.extract.engines.local import Stop, stop_on_signals
 from embcache.extract.extract import default_rows, extract_features

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import augmentation, choose_transform, normalize
 from embcache.data.dataset import ImageDataset, load_dataset
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_disk")
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shards, a small network."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 8)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ DIM = 6
 
 
 def load_tiny(name: str, **_: object) -> LoadedBackbone:
-    """Stands for ``embcache.extract.extract.load_backbone``: six features of an image, at any size."""
+    """Stands for ``embcache.extract.recipes.load_backbone``: six features of an image, at any size."""
     spec = dataclasses.replace(find_backbone(name), dim=DIM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3 + (spec.seed or 0))  # random:1 has other weights

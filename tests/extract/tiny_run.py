@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import embcache.extract.engines.devices as devices
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
+import embcache.extract.recipes as run
 from embcache.backbones.catalog import LoadedBackbone
+from embcache.extract.extract import help_another
 from tests.extract.tiny import load_tiny
 
 
@@ -56,7 +58,7 @@ def install() -> None:
         return LoadedBackbone(loaded.spec, Troubled(loaded.module), loaded.weights_sha256, loaded.weights_source)
 
     run.load_backbone = load  # type: ignore[assignment]
-    run.ROWS_PER_SHARD["cpu"] = int(os.environ.get("TINY_ROWS", "8"))
+    extracting.ROWS_PER_SHARD["cpu"] = int(os.environ.get("TINY_ROWS", "8"))
     devices.COMMAND = (sys.executable, "-m", "tests.extract.tiny_run", "--helper")
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     install()
     if sys.argv[1:] == ["--helper"]:
         os.environ.update(json.loads(os.environ.get("TINY_HELPERS", "{}")))
-        run.help_another()
+        help_another()
     else:
         from embcache.cli import main
 

@@ -39,7 +39,7 @@ CLASSES = ("=1+1", "\x1b]0;title\x07")
 def test_hostile_ids_and_classes_go_all_the_way_and_come_back_as_they_were(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_tiny)
+    monkeypatch.setattr("embcache.extract.recipes.load_backbone", load_tiny)
     home = tmp_path / "a home"
     table = tmp_path / "images" / "table.csv"
     for k in range(len(IDS)):

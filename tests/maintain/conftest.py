@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import embcache.extract.extract as run
+import embcache.extract.extract as extracting
 import embcache.extract.pixels as pixels
+import embcache.extract.recipes as run
 from embcache.backbones.catalog import find_backbone
 from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
@@ -27,7 +28,7 @@ Make = Callable[[str], Path]
 def tiny(monkeypatch: pytest.MonkeyPatch, quick_disk: None) -> None:
     """A small network, small shards, no waiting for the disk."""
     monkeypatch.setattr(run, "load_backbone", load_tiny)
-    monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
+    monkeypatch.setitem(extracting.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 8)
 
 

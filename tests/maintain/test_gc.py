@@ -19,7 +19,7 @@ import embcache.store.commit as commit
 from embcache.cli import app
 from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError
-from embcache.extract import extract as run
+from embcache.extract import recipes as run
 from embcache.extract.scan import plan_store, scan_dataset
 from embcache.io import bytes_under
 from embcache.maintain.gc import collect

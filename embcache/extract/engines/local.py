@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
 from embcache.cores import is_shortage, out_of_memory
@@ -153,7 +153,11 @@ class LocalEngine:
         twice = sum(len(s.ids) for s, _ in waiting) - len({image for s, _ in waiting for image in s.ids})
         if twice:
             log.info(f"the backbones do not owe the same shards: {twice} images are decoded in a second pass")
-        sources = {source.id: source for source in image_refs(self._dataset.table)}
+        table = self._dataset.table
+        places = dict.fromkeys((image for shard, _ in waiting for image in shard.ids), -1)  # rows of the table
+        for row, image in enumerate(table["id"].tolist() if places else ()):
+            if image in places:
+                places[image] = row
         total = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in waiting.items())
         name, stop = f"{self._label} {self._dataset.name}", self._stop
         with tqdm(total=total, unit="img", desc=name, disable=None, smoothing=0.05) as self._bar:
@@ -176,7 +180,8 @@ class LocalEngine:
                         owed = [i for i in leased if not is_committed(self._owed[i].store.path, shard.number)]
                         if owed:
                             # An image that left the dataset after its shard was planned keeps its row, as unreadable.
-                            wanted = [sources.get(image, ImageRef(image, "", "")) for image in shard.ids]
+                            known = iter(image_refs(table.iloc[[places[id_] for id_ in shard.ids if places[id_] >= 0]]))
+                            wanted = [next(known) if places[id_] >= 0 else ImageRef(id_, "", "") for id_ in shard.ids]
                             yield LeasedShard(shard.number, wanted, owed, batch_size)
                     self._bar.update(len(shard.ids) * (len(leased) - len(owed)))
                     left = [index for index in sharing if index not in leased]
@@ -211,7 +216,7 @@ class LocalEngine:
             # Outside the clause: the error keeps the tensors of its frames alive.
             size = self._largest = size // 2
             log.warning(f"out of memory ({reason}): the batch is {size} from here on, recorded with each shard")
-            if torch.cuda.is_available():
+            if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def commit(self, shard: LeasedShard, rows: Sequence[ShardRows], batch_size: int) -> None:
