@@ -3,7 +3,8 @@
 Makes N tiny PNG files that all differ (140 bytes each, 8×8 pixels, in two class folders), then, in a process of its own
 each time, does what an extraction does before its first image is decoded: load the dataset, look at every file, publish
 the plan of a store, write the snapshot and the scan. The first run finds nothing; the second one finds its plans and
-its scan.
+its scan; before the third one a row is committed for every image. What the scan and the plan allocate, and hold at the
+end, is counted by tracemalloc in processes of their own, for it takes time itself.
 
     python benchmarks/plan.py [--images 100000] [--sizes one|two] [--folder FOLDER] [--repeats 1]
 
@@ -14,6 +15,7 @@ soon as two sizes are seen. Of images of one size, of at most 224 pixels, every 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import statistics
@@ -22,9 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from common import machine
 
@@ -53,7 +57,21 @@ def make_images(root: Path, count: int, two_sizes: bool) -> None:
             file.write(picture(number, side))
 
 
-def measure(root: Path, home: Path) -> None:
+def fill(store: Path, root: Path) -> None:
+    """Commit a row for every image that a store owes, with the digests of the files."""
+    import numpy as np
+
+    from embcache.store.commit import ShardRows, commit_shard
+    from embcache.store.feature_store import FeatureStore
+
+    for number, entries in FeatureStore(store).plans().items():
+        ids, n = tuple(entry.id for entry in entries), len(entries)
+        digests = tuple(hashlib.sha256((root / id_).read_bytes()).hexdigest() for id_ in ids)
+        rows = ShardRows(ids, np.ones((n, 8), np.float32), np.ones(n, bool), digests, ("",) * n)
+        commit_shard(store, number, rows)
+
+
+def measure(root: Path, home: Path, trace: bool) -> None:
     """One run; prints its stages as JSON."""
     import numpy as np  # noqa: F401  # imports are not what is measured
 
@@ -77,22 +95,26 @@ def measure(root: Path, home: Path) -> None:
 
     ds = load_dataset("folder", root, home=home)
     lap("load")
+    if trace:
+        tracemalloc.start()
     with ThreadPoolExecutor(2) as pool:
         files = scan_dataset(ds, home, pool)
         transform = choose_transform(find_backbone("random"), None, files.sizes)
     lap("scan")
     recipe = Recipe("random", "resnet50", "0" * 64, transform.to_dict(), "x", "avg", "fp32", "float32", 1)
     folder = home / slug(ds.name)
-    path = create_store(folder, recipe, row_shape=(2048,), rows_per_shard=512, batch_size=16, threads=2)
-    plan = plan_store(FeatureStore(path), ds, files.root, files.scan)
-    assert sum(len(shard.ids) for shard in plan.shards) == len(ds)
+    path = create_store(folder, recipe, row_shape=(8,), rows_per_shard=512, batch_size=16, threads=2)
+    plan = plan_store(FeatureStore(path), ds, files.scan)
+    owed = sum(len(shard.ids) for shard in plan.shards)
     lap("plan")
+    held, most = (size / len(ds) for size in tracemalloc.get_traced_memory())
     write_snapshot(folder, ds.to_parquet_bytes())
     lap("snapshot")
     files.keep()
     lap("scan kept")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"seconds": seconds, "processor": used, "peak": peak, "transform": transform.to_dict()["resize"]}))
+    found = {"seconds": seconds, "processor": used, "peak": peak, "held": held, "most": most, "owed": owed}
+    print(json.dumps({**found, "store": str(path)}))
 
 
 def main() -> None:
@@ -102,25 +124,38 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the images are made, such as /dev/shm: 4 kB each there")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        measure(*asked.measure)
+        measure(*asked.measure, asked.trace)
         return
     with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=asked.folder) as place:
         root = Path(place) / "images"
         make_images(root, asked.images, asked.sizes == "two")
-        runs: dict[str, list[dict[str, dict[str, float]]]] = {"first": [], "second": []}
-        for number in range(asked.repeats):
+        runs: dict[str, list[dict[str, Any]]] = {"first": [], "second": [], "third": []}
+        traced = {}
+        for number in range(asked.repeats + 1):
             for name in runs:
                 command = [sys.executable, __file__, "--measure", str(root), str(Path(temporary) / f"home{number}")]
-                runs[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    print(f"| {asked.images:,} images, {asked.sizes} size(s) | {' | '.join(STAGES)} | all, s | peak MB |")
-    print("|---" * (len(STAGES) + 3) + "|")
+                command += [] if number else ["--trace"]
+                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                assert found["owed"] == (0 if name == "third" else asked.images)
+                if number:
+                    runs[name].append(found)
+                else:
+                    traced[name] = found
+                if name == "second":
+                    fill(Path(found["store"]), root)
+    heads = [*STAGES, "all, s", "peak MB", "scan and plan, processor ms per image", "they hold, B per image", "at most"]
+    print(f"| {asked.images:,} images, {asked.sizes} size(s) | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 1) + "|")
     for name, measured in runs.items():
-        stages = [statistics.median(run["seconds"][stage] for run in measured) for stage in STAGES]
-        total = statistics.median(sum(run["seconds"].values()) for run in measured)
-        peak = max(run["peak"] for run in measured)
-        print(f"| {name} run | {' | '.join(f'{s:.2f}' for s in stages)} | {total:.1f} | {peak:.0f} |")
+        cells = [f"{statistics.median(run['seconds'][stage] for run in measured):.2f}" for stage in STAGES]
+        cells.append(f"{statistics.median(sum(run['seconds'].values()) for run in measured):.1f}")
+        cells.append(f"{max(run['peak'] for run in measured):.0f}")
+        spent = statistics.median(run["processor"]["scan"] + run["processor"]["plan"] for run in measured)
+        cells += [f"{1000 * spent / asked.images:.3f}", f"{traced[name]['held']:.0f}", f"{traced[name]['most']:.0f}"]
+        print(f"| {name} run | {' | '.join(cells)} |")
     print(f"\n{machine()}")
 
 
