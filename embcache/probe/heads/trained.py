@@ -170,9 +170,11 @@ class DVME(Fusion):
     def mix(self, params: Params, meta: Tensor) -> Tensor:
         """Self-attention of the components (K, B, N)."""
         weight, bias = params["attn.qkv.weight"], params["attn.qkv.bias"]  # (K, 3, 1), (K, 3)
-        q, k, v = (meta * weight[:, i, :, None] + bias[:, i, None, None] for i in range(3))
-        attended = attend(q, k, v, self.attention)
-        return attended * params["attn.proj.weight"] + params["attn.proj.bias"][:, :, None]
+        (w_q, w_k, w_v), (b_q, _, b_v) = weight.unsqueeze(3).unbind(1), bias[:, :, None, None].unbind(1)
+        # Weights do not change with the bias of keys; their weight may be the queries', and that of values come last.
+        attended = attend(meta * (w_k * w_q) + w_k * b_q, meta, meta, self.attention)
+        scale = params["attn.proj.weight"]
+        return attended * (scale * w_v) + (scale * b_v + params["attn.proj.bias"][:, :, None])
 
 
 @dataclass(frozen=True)
