@@ -116,6 +116,50 @@ def test_keys_gradients_where_far_queries_have_none() -> None:
 
 
 @pytest.mark.parametrize("kind", ATTENTIONS)
+@settings(max_examples=15)
+@given(
+    keys=st.sampled_from(sorted(KEYS)),
+    shape=st.sampled_from([(2, 64), (2, 3, 99), (4, 400)]),
+    scores=st.sampled_from([0.0, 1e-3, 0.1, -1.0, 5.0, -20.0, 60.0, 300.0, -1e4]),
+    shift=st.sampled_from([0.0, 1.0, -20.0]),
+    seed=st.integers(0, 1000),
+)
+def test_tokens_that_are_keys_and_values_and_give_the_queries(
+    kind: str, keys: str, shape: tuple[int, ...], scores: float, shift: float, seed: int
+) -> None:
+    """As in a head: queries are a linear function of tokens, falling where ``scores`` is negative."""
+    _, tokens, _, upstream = example(keys, shape, 1.0, 0.0, seed)
+    slope = scores / (tokens.amax(-1) - tokens.amin(-1)).clamp(min=1e-2)[..., None] ** 2
+
+    def mixed(m: torch.Tensor, attention: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return attention(m * slope.to(m.dtype) + shift, m, m)
+
+    found = with_gradients((tokens,), upstream, lambda m: mixed(m, lambda *t: attend(*t, kind=kind)))
+    truth = with_gradients((tokens.double(),), upstream, lambda m: mixed(m, by_definition))
+    own = with_gradients((tokens,), upstream, lambda m: mixed(m, lambda *t: by_definition(*t, dtype=torch.float32)))
+    q, g, largest = tokens * slope + shift, upstream.abs(), tokens.abs().amax(-1)
+    weights = weights_by_definition(q, tokens)
+    of_key = (
+        g.amax(-1) * largest * slope[..., 0].abs() + ((g * q.abs())[..., None] * weights).sum(-2).amax(-1)
+    ) * largest
+    terms = (largest, of_key + (g[..., None] * weights).sum(-2).amax(-1))
+    for mine, theirs, plain, term in zip(found, truth, own, terms, strict=True):
+        error, rounding = ((t - theirs).abs().amax(-1) for t in (mine, plain))
+        allowed = ALLOWED * (theirs.amax(-1) - theirs.amin(-1)) + 4 * rounding + 2e-6 * term
+        assert (error <= allowed + 1e-12).all(), f"{float((error / allowed).max()):.1f} times what is allowed"
+
+
+def test_queries_that_are_a_linear_function_of_keys_share_their_polynomials() -> None:
+    k = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    slope = torch.tensor([[0.3], [-0.3], [1e-9], [10.0]])
+    q = k * slope + 0.1
+    for given_, shared in ((q, {0, 1, 2}), (q + 1e-4 * torch.rand(4, 400), set())):
+        groups, left = place_nodes(given_, k, k)
+        assert not len(left)
+        assert {int(row) for group in groups if group.queries is group.keys for row in group.rows} == shared
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
 def test_equal_queries_and_equal_keys(kind: str) -> None:
     k, v = torch.randn(2, 40), torch.randn(2, 40)
     same = torch.full((2, 40), 1.5)

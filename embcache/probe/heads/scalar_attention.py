@@ -118,11 +118,10 @@ def sum_attention(q: Tensor, k: Tensor, parts: int, kind: str = "auto") -> Tenso
         groups, left = place_nodes(q, k, k, most_nodes(tokens, kind))
         for group in groups:
             matrix = _chebyshev(group.t.shape[1], q.device)[2]
-            weights = group.weights * group.inverse[:, :, None]
-            between = (matrix @ weights @ matrix.T).to(dtype)
-            for block in _blocks(len(weights), tokens * len(matrix), _MAP_CELLS):
+            for block in _blocks(len(group.t), tokens * len(matrix), _MAP_CELLS):
+                between = matrix @ (_weights(group.scores[block]) * group.inverse[block, :, None]) @ matrix.T
                 ours, theirs = (in_parts(p.products(block), 2) for p in (group.queries, group.keys))
-                total += ours.flatten(0, 1).T @ torch.bmm(between[block], theirs).flatten(0, 1)
+                total += ours.flatten(0, 1).T @ torch.bmm(between.to(dtype), theirs).flatten(0, 1)
         for some in torch.split(left, max(1, _MAP_CELLS // tokens**2)):
             exact = (q[some, :, None] * k[some, None]).softmax(-1)
             total += in_parts(in_parts(exact, 2), 1).sum(0, dtype=torch.float64)
@@ -219,8 +218,8 @@ class NodeGroup:
     keys: _Products  # those of the queries where these are a linear function of keys
     t: Tensor  # (R, M); nodes of queries
     k: Tensor  # (R, M); nodes of keys, less the mean key
-    weights: Tensor  # (R, M, M): e^(t k), for the largest key 1
-    inverse: Tensor  # (R, M): 1 / sum of these weights over all N keys
+    scores: Tensor  # (R, M); t times half the range of keys
+    inverse: Tensor  # (R, M); 1 / sum over all N keys of e^(t k), that of the largest 1
     values: Tensor  # (R, 2, M); F less the mean of the row's ``v``, and F', at the nodes
     mean: Tensor  # (R, 1); of ``v``
 
@@ -285,16 +284,16 @@ def _evaluate(
     """
     nodes, matrix, _ = _chebyshev(t.shape[1], t.device)
     scores = t * half  # of a key of 1
-    weights = torch.addcmul(-scores.abs()[:, :, None], scores[:, :, None], nodes).exp_()
     number = keys.at_nodes(None if v is None else torch.ones_like(v, dtype=torch.float64))
-    k = nodes - (number @ nodes / keys.x.shape[1])[:, None]  # less the mean
+    k = nodes - (number * nodes).sum(1, keepdim=True) / keys.x.shape[1]  # less the mean
     if v is None:
         scale, value = half, number * k
     else:
         v = v.double() - mean
         scale = v.abs().amax(1, keepdim=True).clamp_min(1e-30)
         value = keys.at_nodes(v) / scale
-    sums = weights @ torch.stack([number, number * k, value, value * k], 2)
+    terms = torch.stack([number, number * k, value, value * k], 2)
+    sums = torch.cat([_weights(scores[some]) @ terms[some] for some in _blocks(len(t), len(nodes) ** 2, _CELLS)])
     inverse = 1 / sums[:, :, 0]
     mean_k, mean_v, mean_kv = (sums[:, :, 1:] * inverse[:, :, None]).unbind(2)  # (R, M) each
     values = torch.stack([mean_v, mean_kv - mean_k * mean_v], 1)
@@ -306,7 +305,13 @@ def _evaluate(
     noise = _NOISE if mean.dtype == torch.float32 else _NOISE * 1e-6
     good = (tail <= _MARGIN * TOLERANCE * (watched.amax(-1) - watched.amin(-1)) + noise).all(1)
     values *= torch.stack([scale, scale * half], 1)
-    return NodeGroup(rows, queries, keys, t, half * k, weights, inverse, values, mean), good
+    return NodeGroup(rows, queries, keys, t, half * k, scores, inverse, values, mean), good
+
+
+def _weights(scores: Tensor) -> Tensor:
+    """e^(t k) at the nodes of keys, (R, M, M), 1 for the largest key of all, from ``scores`` of a group."""
+    nodes = _chebyshev(scores.shape[1], scores.device)[0]
+    return torch.addcmul(-scores.abs()[:, :, None], scores[:, :, None], nodes).exp_()
 
 
 class _Interpolate(torch.autograd.Function):
@@ -329,12 +334,14 @@ class _Interpolate(torch.autograd.Function):
             # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
             pull = group.queries.at_nodes(upstream) * group.inverse
             pulled = pull * group.t
-            rows = torch.stack([pull, pulled, pulled * group.values[:, 0]], 1) @ group.weights
-            of_1, of_v, less = rows.unbind(1)
+            terms = torch.stack([pull, pulled, pulled * group.values[:, 0]], 1)
+            blocks = _blocks(len(terms), terms.shape[2] ** 2, _CELLS)
+            sums = torch.cat([terms[some] @ _weights(group.scores[some]) for some in blocks])
+            of_1, of_v, less = sums.unbind(1)
             if v is None:
                 grad = group.keys.interpolate((of_1 + group.k * of_v - less)[:, None])[:, 0]
                 return upstream * slope, grad, None, None
-            of_1, of_v, less = group.keys.interpolate(rows).unbind(1)
+            of_1, of_v, less = group.keys.interpolate(sums).unbind(1)
             return upstream * slope, (v - group.mean) * of_v - less, of_1, None
 
 
