@@ -147,9 +147,9 @@ def nodes_of(params: Params) -> str:
     generator = torch.Generator().manual_seed(0)
     heads = len(params["classifier.bias"])
     meta = project(params, {b: torch.rand(heads, BATCH, d, generator=generator) for b, d in DIMS.items()})
-    weight, bias = params["attn.qkv.weight"], params["attn.qkv.bias"]
-    q, k, v = ((meta * weight[:, i, :, None] + bias[:, i, None, None]).flatten(0, 1) for i in range(3))
-    groups, left = place_nodes(q, k, v)
+    weight, bias = params["attn.qkv.weight"][:, :, :, None], params["attn.qkv.bias"][:, :, None, None]
+    tokens = meta.flatten(0, 1)
+    groups, left = place_nodes(((meta * weight[:, 0] + bias[:, 0]) * weight[:, 1]).flatten(0, 1), tokens, tokens)
     counts = sorted({group.t.shape[1] for group in groups})
     return "–".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + (f", {len(left)} exact" if len(left) else "")
 
