@@ -235,11 +235,12 @@ def place_nodes(q: Tensor, k: Tensor, v: Tensor, most: int = MOST_NODES) -> tupl
     mean = k.mean(1, keepdim=True)
     low, high = q.amin(1, keepdim=True), q.amax(1, keepdim=True)
     largest = torch.maximum(high, -low)
-    # Queries that are a linear function of keys, to rounding, differ from ``slope`` y by a number.
-    slope = (high - low) / 2 * (q * (k - mean)).sum(1, keepdim=True).sign()
+    # Queries that are a linear function of keys, but for rounding, differ from ``slope`` y by a number.
+    slope = (high - low) / 2 * ((q - low) * (k - mean)).sum(1, keepdim=True).sign()
     rest = torch.addcmul(q, y, slope, value=-1)
     lowest, highest = rest.amin(1, keepdim=True), rest.amax(1, keepdim=True)
-    linear = (highest - lowest <= 8 * torch.finfo(q.dtype).eps * largest)[:, 0].tolist()
+    rounding = 8 * torch.finfo(q.dtype).eps * largest + _MARGIN * TOLERANCE * (high - low)
+    linear = (highest - lowest <= rounding)[:, 0].tolist()
     # The last place is for rows beyond every limit and for those that are not finite.
     tried = [(2 * (high - low) * half, _SCORES), (largest * half, _REACHES)]
     places = [torch.bucketize(size[:, 0], size.new_tensor(limits)) for size, limits in tried]
@@ -267,8 +268,9 @@ def place_nodes(q: Tensor, k: Tensor, v: Tensor, most: int = MOST_NODES) -> tupl
             group, good = _evaluate(rows, queries, keys, t, half[some].double(), *values)
             passed = good.tolist()
             if not all(passed):
-                waiting[place + 1] += [row for row, fine in zip(chosen, passed, strict=True) if not fine]
-                group = NodeGroup(*(value[good] for value in vars(group).values()))
+                waiting[place + 1] += rows[~good].tolist()
+                fine = {name: value[good] for name, value in vars(group).items() if name != "queries"}
+                group = NodeGroup(**fine, queries=fine["keys"] if even else group.queries[good])
             if any(passed):
                 groups.append(group)
     left = sorted(row for rows in waiting[len(counts) :] for row in rows)
