@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kind: str = "auto") -> Tensor:
     ``fast`` interpolates from as many nodes as the tolerance needs, `MOST_NODES` or N - 1 at most; ``auto`` does so
     where it costs less. A row that would need more nodes is computed exactly in either case. Outputs and gradients
     agree to `TOLERANCE`. How a row is computed depends on that row alone, so it has the same result in any batch, to
-    the bit on a CPU.
+    the bit on a CPU. Values that are the very tensor of keys cost less.
 
     Shapes: q, k, v (..., N), of which half precision is computed in float32; returns (..., N) of the dtype of ``q``.
     """
