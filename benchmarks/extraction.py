@@ -110,7 +110,7 @@ def alone(net: FrozenNetwork, images: int) -> None:
 
 
 def decoded(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
-    list(pool.map(lambda source: prepare(folder, source, [net.image_views.frame.geometry]), sources))
+    list(pool.map(lambda source: prepare(folder, source, [net.image_views.frame]), sources))
 
 
 def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
