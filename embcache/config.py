@@ -44,10 +44,7 @@ def _transform(help: str) -> Any:
 
 
 def _decode() -> Any:
-    text = (
-        "full, or reduced: JPEGs at 1/2, 1/4 or 1/8 of their size, but twice that after resizing. About twice as fast "
-        "on images of 2000 pixels; other features, so part of the recipe."
-    )
+    text = "full, or reduced: large JPEGs at 1/2, 1/4 or 1/8 of their size, faster; part of the recipe."
     return option("full", text, choices=("full", "reduced"), result="recipes")
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MOST_SIDE = 4096
 MOST_RESIZED = 1 << 25  # 134 MB in Pillow; a shorter side of 256 reaches it where the longer one is 512 times as long
 KINDS = ("paper", "imagenet", "model")
-DECODES = ("full", "reduced")
 
 _FILTERS = {each.name.lower(): each for each in Image.Resampling}
 
@@ -55,14 +54,14 @@ class Transform:
         made: Transform = typed(cls, data)
         if made.interpolation not in _FILTERS:
             raise ValueError(f"interpolation: {made.interpolation!r}, not one of {', '.join(_FILTERS)}")
-        if made.decode not in DECODES:
-            raise ValueError(f"decode: {made.decode!r}, not one of {', '.join(DECODES)}")
+        if made.decode not in ("full", "reduced"):
+            raise ValueError(f"decode: {made.decode!r}, not full or reduced")
         return made
 
     def to_dict(self) -> dict[str, object]:
         """Every parameter, as JSON: part of the recipe; ``decode`` only where it is not full."""
-        data = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return data if self.least else {name: value for name, value in data.items() if name != "decode"}
+        data = {name: value for name, value in asdict(self).items() if name != "decode" or self.least}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     def geometry_dict(self) -> dict[str, object]:
         """What decides the pixels before normalization, as JSON; transforms that agree on it share pixels."""
@@ -134,7 +133,6 @@ def choose_transform(
     backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]], decode: str = "full"
 ) -> Transform:
     """Choose the transform of a dataset's images, given their sizes (width, height), for a backbone."""
-    check_choice("--decode", decode, DECODES)
     chosen = _choose(backbone, kind, image_sizes)
     return chosen if decode == "full" or not chosen.resize else replace(chosen, decode=decode)
 

@@ -69,8 +69,7 @@ _FIRST = "the first of several frames or pages is used"
 _FAILED = "cannot be decoded"
 
 
-Least = tuple[int, int] | int | None
-"""What an image is about to be resized to, (height, width) or its shorter side; None where it is decoded whole."""
+Least = tuple[int, int] | int | None  # what an image will be resized to: (height, width), or its shorter side
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +147,7 @@ def decode_image(
 def read_image(
     dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None, least: Least = None
 ) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read and decode one image of a dataset; the sha256 of the file, or of the pixels at a place in a container.
-
-    ``least`` is that of `decode_image`.
+    """Read and decode (`decode_image`) an image of a dataset; the sha256 of the file, or of the pixels at a place.
 
     Shapes: returns (H, W, 3).
     """

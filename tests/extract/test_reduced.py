@@ -15,6 +15,7 @@ import embcache.extract.extract as run
 import embcache.extract.pixels as pixels
 from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone
 from embcache.backbones.transforms import Transform, choose_transform
+from embcache.config import ExtractConfig
 from embcache.data import images as decoder
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import Least, decode_image
@@ -132,7 +133,7 @@ def test_a_recipe_says_reduced_and_only_that() -> None:
     with pytest.raises(ValueError, match="decode"):
         Transform.from_dict(FULL.to_dict() | {"decode": "half"})
     with refused(UsageError, "option-choice"):
-        choose_transform(BACKBONES["random"], None, {(90, 90)}, "half")
+        ExtractConfig(decode="half")
     kept = choose_transform(BACKBONES["random"], None, {(90, 90)}, "reduced")
     assert kept == choose_transform(BACKBONES["random"], None, {(90, 90)})  # images that keep their size
     assert transform_words(REDUCED.to_dict()) == "paper: resize 16×16, crop 12×12, bilinear, reduced decoding"
