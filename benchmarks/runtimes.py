@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     asked = parser.parse_args()
     networks = [each.rpartition(":") for each in asked.networks.split(",")]
-    runtimes = [name for name in asked.runtimes.split(",") if is_installed(name)]
+    runtimes = [name for name in asked.runtimes.split(",") if name != "eager" and is_installed(name)]
     print(
         "| network, batch | runtime | images/s | to eager fp32 | by CPU time | difference | cosine | first batch, s |"
     )

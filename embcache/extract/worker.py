@@ -283,7 +283,7 @@ def freeze(
     if target.type == "cpu":
         keep_freed_memory()
     module = fold_norms(backbone.module.to(device="cpu"), transform.size)
-    if precision == "bf16" and runtime in ("", "compile"):  # others convert weights by themselves
+    if precision == "bf16" and runtime in ("", "eager", "compile"):  # others convert weights by themselves
         module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
