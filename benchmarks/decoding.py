@@ -10,6 +10,9 @@ to those of today's pixels. JPEGs are drawn (color, and gray with the grain of a
 
 from __future__ import annotations
 
+import embcache  # noqa: F401 - first, as it settles how torch's threads wait
+
+# isort: split
 import argparse
 import statistics
 import tempfile

@@ -11,6 +11,9 @@ of their networks and one decoding, and a plain timm loop (`DataLoader` with wor
 
 from __future__ import annotations
 
+import embcache  # noqa: F401 - first, as it settles how torch's threads wait
+
+# isort: split
 import argparse
 import itertools
 import statistics

@@ -13,6 +13,9 @@ Without a card it stops at once; ``--device cpu --quick`` runs the same code on 
 
 from __future__ import annotations
 
+import embcache  # noqa: F401 - first, as it settles how torch's threads wait
+
+# isort: split
 import argparse
 import sys
 import tempfile

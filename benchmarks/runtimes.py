@@ -4,11 +4,14 @@ Random weights where none are here (the speed is the same), drawn images, torch'
 batch by batch, and medians are compared. With ``--images FOLDER`` also `extract` end to end over those images.
 
     python benchmarks/runtimes.py [--networks random:16,dino:8,effnet_lite0:16] [--runtimes openvino,…]
-    [--precisions fp32,bf16] [--turns 8] [--images FOLDER]
+    [--precisions fp32,bf16] [--turns 8] [--images FOLDER [--only-end-to-end]]
 """
 
 from __future__ import annotations
 
+import embcache  # noqa: F401 - first, as it settles how torch's threads wait
+
+# isort: split
 import argparse
 import statistics
 import tempfile
@@ -110,15 +113,17 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--images", type=Path)
+    parser.add_argument("--only-end-to-end", action="store_true", help="with --images: without the first table")
     asked = parser.parse_args()
     networks = [each.rpartition(":") for each in asked.networks.split(",")]
     runtimes = [name for name in asked.runtimes.split(",") if name != "eager" and is_installed(name)]
-    print(
-        "| network, batch | runtime | images/s | to eager fp32 | by CPU time | difference | cosine | first batch, s |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for name, _, batch in networks:
-        compare(name, int(batch), runtimes, asked.precisions.split(","), asked.turns)
+    if not asked.only_end_to_end:
+        print(
+            "| network, batch | runtime | img/s | to eager fp32 | by CPU time | difference | cosine | first batch, s |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for name, _, batch in networks:
+            compare(name, int(batch), runtimes, asked.precisions.split(","), asked.turns)
     if asked.images is not None:
         print("\n| extract | runtime | images/s, first run | second | per CPU second | to eager | by CPU time |")
         print("|---|---|---|---|---|---|---|")
