@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 import embcache.extract.extract as run
 import embcache.extract.pixels as pixels
+import embcache.extract.recipes as recipes
 from embcache.backbones.catalog import BACKBONES, Backbone, find_backbone
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.config import ExtractConfig
@@ -20,8 +21,8 @@ from embcache.data import images as decoder
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.images import Least, decode_image
 from embcache.errors import UsageError
-from embcache.extract.extract import recipe_transform
 from embcache.extract.pixels import cache_pixels
+from embcache.extract.recipes import recipe_transform
 from embcache.extract.worker import ImageRef, prepare
 from embcache.finetune.finetune_plan import choose_transforms
 from embcache.maintain.listing import transform_words
@@ -145,7 +146,7 @@ def test_a_recipe_says_reduced_and_only_that() -> None:
 @pytest.fixture
 def ds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_disk: None) -> ImageDataset:
     """Large JPEGs, some gray, turned or in CMYK, and a PNG."""
-    monkeypatch.setattr(run, "load_backbone", load_tiny)
+    monkeypatch.setattr(recipes, "load_backbone", load_tiny)
     monkeypatch.setitem(run.ROWS_PER_SHARD, "cpu", 8)
     monkeypatch.setattr(pixels, "MAX_ROWS", 8)
     exif = Image.Exif()
@@ -222,13 +223,13 @@ def test_backbones_that_need_other_scales_share_a_pass(
     ds: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 48 pixels a quarter or an eighth of an image is enough, at 256 a half."""
-    original = run.choose_transform
+    original = recipes.choose_transform
 
     def choose(spec: Backbone, *more: object) -> Transform:
         chosen = original(spec, *more)  # type: ignore[arg-type]
         return replace(chosen, resize=48, crop=(40, 40), size=(40, 40)) if spec.name == "random:1" else chosen
 
-    monkeypatch.setattr(run, "choose_transform", choose)
+    monkeypatch.setattr(recipes, "choose_transform", choose)
     together = run_extraction(["random", "random:1"], ds, decode="reduced", home=home / "together")
     for name, each in zip(("random", "random:1"), together, strict=True):
         (alone,) = run_extraction([name], ds, decode="reduced", home=home / "alone")
