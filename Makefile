@@ -48,6 +48,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/shards.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py

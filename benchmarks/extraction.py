@@ -2,15 +2,20 @@
 
 For ResNet-50 (`random`) and DINO's ViT-S/8 (untrained), on 224-pixel JPEGs and on 2000 × 2000 ones, fp32 and bf16: the
 network alone on a batch in memory, decoding and resizing alone with all threads, and `compute_shard`, which does both;
-in turns, medians. Then five backbones in one pass beside the sum of their networks and one decoding, and a plain timm
-loop (`DataLoader` with workers, channels first, fp32) over the same files.
+in turns, medians, wall and processor time. Then, unless ``--only-ceiling``, five backbones in one pass beside the sum
+of their networks and one decoding, and a plain timm loop (`DataLoader` with workers, channels first, fp32).
 
     python benchmarks/extraction.py [--images 64] [--repeats 3] [--backbone random,dino] [--sizes 224,2000]
+    [--precisions fp32,bf16] [--runtimes eager,openvino] [--decodes full,reduced] [--only-ceiling]
 """
 
 from __future__ import annotations
 
+import embcache  # noqa: F401 - first, as it settles how torch's threads wait
+
+# isort: split
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -21,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from common import machine
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -59,26 +65,35 @@ def draw(folder: Path, number: int, side: int) -> list[Path]:
     return paths
 
 
-def network(name: str, precision: str, side: int, folder: Path) -> FrozenNetwork:
+def network(
+    name: str, precision: str, side: int, folder: Path, decode: str = "full", runtime: str = "eager"
+) -> FrozenNetwork:
     weights = None
     if name == "dino":
         weights = folder / "dino.pth"
         if not weights.exists():
             torch.manual_seed(0)
             torch.save(LastClassTokens().state_dict(), weights)
-    transform = choose_transform(find_backbone(name), "paper", {(side, side)})
-    return freeze(load_backbone(name, weights=weights), transform, "cpu", precision)
+    transform = choose_transform(find_backbone(name), "paper", {(side, side)}, decode)
+    return freeze(load_backbone(name, weights=weights), transform, "cpu", precision).executed_by(runtime)
 
 
 def medians(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in works}
+    return {name: wall for name, (wall, _) in both_times(works, repeats).items()}
+
+
+def both_times(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median wall and processor seconds."""
+    walls: dict[str, list[float]] = {name: [] for name in works}
+    cpus: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             work()
             if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in times.items()}
+                walls[name].append(time.perf_counter() - wall)
+                cpus[name].append(time.process_time() - cpu)
+    return {name: (statistics.median(walls[name]), statistics.median(cpus[name])) for name in works}
 
 
 def main() -> None:
@@ -88,6 +103,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="random,dino")
     parser.add_argument("--sizes", default="224,2000")
     parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--runtimes", default="eager")
+    parser.add_argument("--decodes", default="full")
+    parser.add_argument("--only-ceiling", action="store_true")
     args = parser.parse_args()
     threads = usable_cores()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.images} images, batch {BATCH}")
@@ -96,11 +114,14 @@ def main() -> None:
         for side in map(int, args.sizes.split(",")):
             paths = draw(folder, args.images, side)
             sources = [ImageRef(path.name, path.name, "") for path in paths]
-            for backbone in args.backbone.split(","):
-                for precision in args.precisions.split(","):
-                    ceiling(network(backbone, precision, side, folder), folder, sources, pool, args.repeats)
-            plain_loop(paths, folder, sources, pool, args.repeats, side)
-            five(folder, sources, pool, side)
+            settings = (args.backbone, args.precisions, args.decodes if side > 512 else "full", args.runtimes)
+            for backbone, precision, decode, runtime in itertools.product(*(each.split(",") for each in settings)):
+                net = network(backbone, precision, side, folder, decode, runtime)
+                ceiling(net, folder, sources, pool, args.repeats)
+            if not args.only_ceiling:
+                plain_loop(paths, folder, sources, pool, args.repeats, side)
+                five(folder, sources, pool, side)
+    print(f"\n{machine(('torch', 'pillow', 'simplejpeg', 'openvino'))}")
 
 
 def alone(net: FrozenNetwork, images: int) -> None:
@@ -110,7 +131,7 @@ def alone(net: FrozenNetwork, images: int) -> None:
 
 
 def decoded(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
-    list(pool.map(lambda source: prepare(folder, source, [net.image_views.frame.geometry]), sources))
+    list(pool.map(lambda source: prepare(folder, source, [net.image_views.frame]), sources))
 
 
 def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor) -> None:
@@ -119,7 +140,7 @@ def extracted(nets: list[FrozenNetwork], folder: Path, sources: list[ImageRef], 
 
 def ceiling(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: ThreadPoolExecutor, repeats: int) -> None:
     n = len(sources)
-    found = medians(
+    found = both_times(
         {
             "network": lambda: alone(net, n),
             "decode": lambda: decoded(net, folder, sources, pool),
@@ -127,11 +148,19 @@ def ceiling(net: FrozenNetwork, folder: Path, sources: list[ImageRef], pool: Thr
         },
         repeats,
     )
-    share = (found["network"] + found["decode"]) / found["both"]
+    rates = [
+        [n / found[what][which] for what in ("network", "decode", "both")]
+        + [(found["network"][which] + found["decode"][which]) / found["both"][which]]
+        for which in (0, 1)
+    ]
+    side = sources[0].path.partition("-")[0]
     print(
-        f"{sources[0].path.partition('-')[0]:>5} px  {net.backbone.spec.name:7} {net.precision}  network "
-        f"{n / found['network']:6.1f} img/s  decoding {n / found['decode']:7.1f}  both {n / found['both']:6.1f}  "
-        f"= {share:.2f} of the ceiling"
+        f"{side:>5} px  {net.backbone.spec.name:12} {net.precision} {net.runtime:8} {net.transform.decode:7}  "
+        + "  ".join(
+            f"{clock}: network {a:6.1f} img/s  decoding {b:7.1f}  both {c:6.1f} = {d:.2f} of the ceiling"
+            for clock, (a, b, c, d) in zip(("wall", "processor"), rates, strict=True)
+        ),
+        flush=True,
     )
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from embcache.data.images import Least
 from embcache.errors import UsageError, check_choice, check_number
 from embcache.sealed import typed
 
@@ -45,6 +46,7 @@ class Transform:
     interpolation: str  # filter of Pillow, which antialiases when it shrinks; the result is always uint8
     mean: tuple[float, float, float]  # normalization of RGB values scaled to [0, 1]
     std: tuple[float, float, float]
+    decode: str = "full"  # of JPEGs: "reduced" decodes them at a scale (1/2, 1/4, 1/8) that leaves twice `resize`
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> Transform:
@@ -52,15 +54,23 @@ class Transform:
         made: Transform = typed(cls, data)
         if made.interpolation not in _FILTERS:
             raise ValueError(f"interpolation: {made.interpolation!r}, not one of {', '.join(_FILTERS)}")
+        if made.decode not in ("full", "reduced"):
+            raise ValueError(f"decode: {made.decode!r}, not full or reduced")
         return made
 
     def to_dict(self) -> dict[str, object]:
-        """Every parameter, as JSON: part of the recipe."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Every parameter, as JSON: part of the recipe; ``decode`` only where it is not full."""
+        data = {name: value for name, value in asdict(self).items() if name != "decode" or self.least}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     def geometry_dict(self) -> dict[str, object]:
         """What decides the pixels before normalization, as JSON; transforms that agree on it share pixels."""
-        return {name: self.to_dict()[name] for name in ("resize", "crop", "size", "interpolation")}
+        return {name: value for name, value in self.to_dict().items() if name not in ("kind", "mean", "std")}
+
+    @property
+    def least(self) -> Least:
+        """What decoding has to leave twice, where it may reduce."""
+        return self.resize if self.decode == "reduced" else None
 
     def shown(self) -> dict[str, Any]:
         """Normalization and filter, as fields of a `Backbone`."""
@@ -77,8 +87,10 @@ class Transform:
                     f"an image of {width:,}×{height:,} pixels is too thin for the transform: it would become "
                     f"{target[1]:,}×{max(target[0], height):,} pixels on the way"
                 )
-            resized = Image.fromarray(image).resize((target[1], target[0]), _FILTERS[self.interpolation])
-            image = np.asarray(resized)
+            gray = not image.strides[2]  # one channel, seen three times
+            picture = Image.fromarray(image[..., 0] if gray else image)
+            resized = np.asarray(picture.resize((target[1], target[0]), _FILTERS[self.interpolation]))
+            image = np.broadcast_to(resized[..., None], (*target, 3)) if gray else resized
         if self.crop is not None:
             image = center(image, self.crop)
         if image.shape[:2] != self.size:
@@ -117,8 +129,15 @@ def _resized(resize: tuple[int, int] | int | None, height: int, width: int) -> t
     return int(resize * height / width), resize
 
 
-def choose_transform(backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]]) -> Transform:
+def choose_transform(
+    backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]], decode: str = "full"
+) -> Transform:
     """Choose the transform of a dataset's images, given their sizes (width, height), for a backbone."""
+    chosen = _choose(backbone, kind, image_sizes)
+    return chosen if decode == "full" or not chosen.resize else replace(chosen, decode=decode)
+
+
+def _choose(backbone: Backbone, kind: str | None, image_sizes: Collection[tuple[int, int]]) -> Transform:
     if kind is None and backbone.transform is not None:
         return backbone.transform
     kind = kind or ("model" if backbone.library else "paper")

@@ -16,7 +16,7 @@ from PIL import TiffImagePlugin
 
 from embcache.data.budget import Decoding, broken, quiet, too_large, unsupported
 from embcache.data.files import has_dicom_suffix
-from embcache.data.formats import codestream_size, jpeg_frame, one_strip, widen_to_bytes
+from embcache.data.formats import codestream_size, gray_as_rgb, jpeg_frame, one_strip, widen_to_bytes
 from embcache.errors import DatasetError
 
 _DEFLATED, _PLAIN = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"  # transfer syntaxes
@@ -81,18 +81,16 @@ def _render(pydicom: Any, file: Any) -> npt.NDArray[np.uint8]:
     frame, photometric = _frame(pydicom, file)
     if photometric == "RGB":
         return _eight_bits(frame, int(file.BitsStored))
-    pixels = np.empty((*frame.shape[:2], 3), np.uint8)
     rows = max(1, _BLOCK // max(1, frame.shape[1]))
     parts = [slice(top, top + rows) for top in range(0, len(frame), rows)]
     if photometric == "PALETTE COLOR":
+        pixels = np.empty((*frame.shape[:2], 3), np.uint8)
         for part in parts:
             color = pydicom.pixels.apply_color_lut(frame[part], file)[..., :3]
             pixels[part] = _eight_bits(color, color.dtype.itemsize * 8)
         return pixels
     paint = _grays(pydicom, file, frame, parts)
-    for part in parts:
-        pixels[part] = paint(frame[part])
-    return pixels
+    return gray_as_rgb(np.concatenate([paint(frame[part]) for part in parts]))
 
 
 def dicom_size(file: IO[bytes], name: str, decoding: Decoding) -> tuple[int, int]:
@@ -278,7 +276,7 @@ def _grays(pydicom: Any, file: Any, frame: npt.NDArray[Any], parts: Sequence[sli
         if str(header.PhotometricInterpretation) == "MONOCHROME1":
             light = 1.0 - light
         light[_padding(header, rows) | np.isnan(gray)] = 0.0
-        return np.repeat(np.rint(light * 255.0).astype(np.uint8)[..., None], 3, axis=2)
+        return np.rint(light * 255.0).astype(np.uint8)
 
     return paint
 

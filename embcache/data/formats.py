@@ -462,6 +462,11 @@ def _directories(file: IO[bytes]) -> Iterator[dict[int, npt.NDArray[Any]]]:
 _BLOCK = 1 << 20  # values converted at a time: what is made of an image at the limit must not take gigabytes
 
 
+def gray_as_rgb(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Gray (H, W) seen three times, (H, W, 3): a view, whose last stride of 0 tells a transform to resize it once."""
+    return np.broadcast_to(gray[..., None], (*gray.shape, 3))
+
+
 def scale_to_bytes(
     values: npt.NDArray[Any], *, absent: npt.NDArray[np.bool_] | None = None, inverted: bool = False
 ) -> npt.NDArray[np.uint8]:

@@ -32,6 +32,7 @@ from embcache.data.files import is_inside, refuse_outside
 from embcache.data.formats import (
     SIGNATURE,
     decode_page,
+    gray_as_rgb,
     is_tiff,
     open_image,
     pillow_page,
@@ -68,6 +69,9 @@ _FIRST = "the first of several frames or pages is used"
 _FAILED = "cannot be decoded"
 
 
+Least = tuple[int, int] | int | None  # what an image will be resized to: (height, width), or its shorter side
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRef:
     """One image to read: its id, its path relative to the dataset's root, its place in a container (else empty)."""
@@ -90,8 +94,10 @@ def image_refs_of(table: pd.DataFrame, ids: Sequence[str]) -> list[ImageRef]:
     return [known.get(id_, ImageRef(id_, "", "")) for id_ in ids]
 
 
-def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = None) -> npt.NDArray[np.uint8]:
-    """Decode a file's bytes.
+def decode_image(
+    data: bytes, *, name: str = "", decoding: Decoding | None = None, least: Least = None
+) -> npt.NDArray[np.uint8]:
+    """Decode a file's bytes; a JPEG's at the smallest scale (1/2, 1/4, 1/8) that leaves twice ``least``, if one does.
 
     The first frame, or the first page of a TIFF that is neither a thumbnail nor a mask, turned upright by its EXIF
     orientation. Palette, CMYK and other color spaces become RGB as Pillow converts them. Alpha and further channels are
@@ -123,9 +129,12 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
         decoding.check_size(*image.size)
         with decoding.hold(_PER_PIXEL * image.width * image.height):
             orientation = _orientation(image) if turned else 1
-            pixels = _decode_jpeg(data, image) if orientation == 1 else None
+            scale = _scale(least, image.size, orientation) if image.format == "JPEG" else 1
+            pixels = _decode_jpeg(data, image, scale) if orientation == 1 else None
             if pixels is not None:
                 return pixels
+            if scale > 1:
+                image.draft(None, (image.width // scale, image.height // scale))
             if image.format == "PNG" and (channels := _deep_channels(data)):
                 return _to_rgb(Image.fromarray(scale_to_bytes(_decode_deep(data, channels))), orientation)
             image.load()
@@ -136,9 +145,9 @@ def decode_image(data: bytes, *, name: str = "", decoding: Decoding | None = Non
 
 
 def read_image(
-    dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None
+    dataset_root: Path | str, path: str, place: str = "", decoding: Decoding | None = None, least: Least = None
 ) -> tuple[npt.NDArray[np.uint8], str]:
-    """Read and decode one image of a dataset; the sha256 of the file, or of the pixels at a place in a container.
+    """Read and decode (`decode_image`) an image of a dataset; the sha256 of the file, or of the pixels at a place.
 
     Shapes: returns (H, W, 3).
     """
@@ -155,7 +164,7 @@ def read_image(
             data = file.read()
             digest = hashlib.sha256(data).hexdigest()
             try:
-                return decode_image(data, name=path, decoding=decoding), digest
+                return decode_image(data, name=path, decoding=decoding, least=least), digest
             except ImageError as error:  # so that it is known whether the file is another one later
                 error.digest = digest
                 raise
@@ -266,6 +275,8 @@ def _to_rgb(image: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
         image = Image.fromarray(scale_to_bytes(np.asarray(image)))
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
+    if image.mode == "L":
+        return gray_as_rgb(np.asarray(image))
     width, height = image.size
     rows = max(1, _BLOCK // max(1, width))
     pixels = np.empty((height, width, 3), np.uint8)
@@ -362,15 +373,25 @@ _PIXELS = (0xDA, 0xFF)
 _MEANING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Adobe\0d")
 
 
-def _decode_jpeg(data: bytes, image: Image.Image) -> npt.NDArray[np.uint8] | None:
-    """Decode a JPEG file as Pillow would, or None where Pillow must.
+def _scale(least: Least, size: tuple[int, int], orientation: int) -> int:
+    """By what the sides of a JPEG are divided in decoding, of size (width, height) before it is turned upright."""
+    if least is None:
+        return 1
+    height, width = size if orientation >= 5 else size[::-1]
+    ratio = min(height, width) / least if isinstance(least, int) else min(height / least[0], width / least[1])
+    return next((scale for scale in (8, 4, 2) if ratio >= 2 * scale), 1)
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, scale: int = 1) -> npt.NDArray[np.uint8] | None:
+    """Decode a JPEG file as Pillow would, its sides divided by a scale and rounded up, or None where Pillow must.
 
     Shapes: returns (H, W, 3).
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not _same_pixels():
         return None
-    pixels = _strict_jpeg(data)
-    return pixels if pixels is not None and pixels.shape == (image.height, image.width, 3) else None
+    shape = (-(-image.height // scale), -(-image.width // scale), 3)
+    pixels = _strict_jpeg(data, image.mode, shape, scale)
+    return pixels if pixels is not None and pixels.shape == shape else None
 
 
 def _without_applications(data: bytes) -> bytes | None:
@@ -386,13 +407,14 @@ def _without_applications(data: bytes) -> bytes | None:
     return b"".join([*parts, data[at:]])
 
 
-def _strict_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
+def _strict_jpeg(data: bytes, mode: str, shape: tuple[int, ...], scale: int) -> npt.NDArray[np.uint8] | None:
+    least = {"min_height": shape[0], "min_width": shape[1], "min_factor": scale}
     try:
         # Strict: at the first thing that libjpeg warns of, Pillow shall say whether the file is broken.
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if mode == "L" else mode, **least)
     except ValueError:
         return None
-    return pixels
+    return gray_as_rgb(pixels[..., 0]) if mode == "L" else pixels
 
 
 @functools.cache
@@ -405,7 +427,10 @@ def _same_pixels() -> bool:
     for mode, subsampling, progressive in (("RGB", 0, False), ("RGB", 1, False), ("RGB", 2, True), ("L", 0, False)):
         file = io.BytesIO()
         picture.convert(mode).save(file, "JPEG", quality=75, subsampling=subsampling, progressive=progressive)
-        found = _strict_jpeg(file.getvalue())
-        if found is None or not np.array_equal(found, np.array(Image.open(file).convert("RGB"))):
-            return False
+        for scale in (1, 2):
+            drafted = Image.open(file)
+            drafted.draft(None, (93 // scale, 77 // scale))
+            found, expected = _strict_jpeg(file.getvalue(), mode, drafted.size[::-1], scale), drafted.convert("RGB")
+            if found is None or not np.array_equal(found, np.array(expected)):
+                return False
     return True

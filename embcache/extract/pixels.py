@@ -124,7 +124,7 @@ def decode_into(
     """Decode images into the rows of ``pixels``, zeros (n, H, W, 3), which stay if an image cannot be read."""
     digests: list[str] = []
     reasons: list[str] = []
-    for batch in prepare_batches(root, sources, [framing.geometry], batch_size, pool, decoding):
+    for batch in prepare_batches(root, sources, [framing], batch_size, pool, decoding):
         for row, prepared in enumerate(batch, start=len(digests)):
             if prepared.pixels:
                 pixels[row] = prepared.pixels[0]

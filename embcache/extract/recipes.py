@@ -58,7 +58,7 @@ def open_networks(
     if precision != "fp32" and config.runtime not in ("auto", "eager"):
         precision += f"+{config.runtime}"
     for given, name, spec in zip(backbones, names, specs, strict=True):
-        transform = choose_transform(spec, config.transform, files.sizes)
+        transform = choose_transform(spec, config.transform, files.sizes, config.decode)
         spec = spec.at(transform.size)
         what = spec if spec.module is not None or spec.library else given  # a module is built once
         loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)

@@ -28,7 +28,7 @@ from embcache.backbones.runtimes import Compiled, check_runtime
 from embcache.backbones.transforms import Augmentation, Transform, augmentation, center, frame, normalize
 from embcache.cores import keep_freed_memory
 from embcache.data.budget import Decoding
-from embcache.data.images import ImageRef, read_image
+from embcache.data.images import ImageRef, Least, read_image
 from embcache.errors import ImageError, UsageError, check_choice
 from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.sealed import canonical_json
@@ -42,7 +42,6 @@ DEPTH = 2
 # Batches that are decoded while one is used, if another device than the decoding cores uses it.
 AHEAD = 2
 
-Geometry = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 # Frame, uint8 (H, W, 3), and digest of images, by id.
 Frames = Mapping[str, tuple[NDArray[np.uint8], str]]
 # Frames of those images of a batch, by id, that are cached; by frame key.
@@ -51,25 +50,30 @@ CachedFrames = Mapping[str, Callable[[Sequence[str]], Frames]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """One image after decoding, once, and after each geometry."""
+    """One image after decoding and each transform."""
 
-    pixels: tuple[NDArray[np.uint8], ...]  # (H, W, 3) each, one per geometry; empty if the image could not be read
+    pixels: tuple[NDArray[np.uint8], ...]  # (H, W, 3) each, one per transform; empty if the image could not be read
     digest: str
     reason: str  # why it could not
 
 
-def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decoding: Decoding | None = None) -> Prepared:
+def prepare(
+    root: Path, source: ImageRef, transforms: Sequence[Transform], decoding: Decoding | None = None
+) -> Prepared:
     """Read, decode and transform one image; an unreadable one is a reason, not an exception."""
     if not source.path:
         return Prepared((), "", LEFT)
+    images, digest = dict[Least, NDArray[np.uint8]](), ""
     try:
-        image, digest = read_image(root, source.path, source.place, decoding)
+        for least in {transform.least: None for transform in transforms} or (None,):
+            images[least], found = read_image(root, source.path, source.place, decoding, least)
+            digest = digest or found  # if the file changes meanwhile, the first is not that of the file as it is
     except ImageError as error:
         return Prepared((), error.digest, error.problem)
     except OSError as error:
         raise medium_failed(root / source.path, error) from error
     try:
-        return Prepared(tuple(geometry(image) for geometry in geometries), digest, "")
+        return Prepared(tuple(each.geometry(images[each.least]) for each in transforms), digest, "")
     except ValueError as error:
         # The file is of another size than when the dataset was scanned, or of one that the transform enlarges too much.
         return Prepared((), digest, str(error))
@@ -78,7 +82,7 @@ def prepare(root: Path, source: ImageRef, geometries: Sequence[Geometry], decodi
 def prepare_batches(
     root: Path,
     sources: Sequence[ImageRef],
-    geometries: Sequence[Geometry],
+    transforms: Sequence[Transform],
     batch_size: int,
     pool: Executor,
     decoding: Decoding | None = None,
@@ -86,7 +90,7 @@ def prepare_batches(
     """Yield the prepared images of one shard batch by batch, decoding the next batches while this one is used."""
 
     def submit(chunk: Sequence[ImageRef]) -> list[Future[Prepared]]:
-        return [pool.submit(prepare, root, source, geometries, decoding) for source in chunk]
+        return [pool.submit(prepare, root, source, transforms, decoding) for source in chunk]
 
     return batches_ahead(sources, batch_size, submit)
 
@@ -164,7 +168,7 @@ def prepare_views(
     if len(there) == len(framings):
         prepared = Prepared(tuple(pixels for pixels, _ in there), there[0][1], "")
     else:
-        prepared = prepare(root, source, [framing.geometry for framing in framings.values()], decoding)
+        prepared = prepare(root, source, list(framings.values()), decoding)
     if not prepared.pixels:
         return prepared
     frames = dict(zip(framings, prepared.pixels, strict=True))
@@ -279,7 +283,7 @@ def freeze(
     if target.type == "cpu":
         keep_freed_memory()
     module = fold_norms(backbone.module.to(device="cpu"), transform.size)
-    if precision == "bf16" and runtime in ("", "compile"):  # others convert weights by themselves
+    if precision == "bf16" and runtime in ("", "eager", "compile"):  # others convert weights by themselves
         module = to_bfloat16(module)
     # Channels last is about 1.5 times faster for convolutions on CPUs (docs/log.md) and what tensor cores want.
     module = module.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -122,7 +122,7 @@ def load_networks(
     schedule = choose_schedule(specs, config)
     decoding = Decoding(check_max_pixels(config.max_pixels))
     files = scan_dataset(dataset, home, pool, decoding)
-    transforms = choose_transforms(specs, config.transform, files.sizes)
+    transforms = choose_transforms(specs, config.transform, files.sizes, config.decode)
     geometry = transforms[specs[0].name]  # the same for all
     modules, recipes = {}, {}
     for name, spec in zip(backbones, specs, strict=True):
@@ -177,12 +177,12 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
 
 
 def choose_transforms(
-    specs: Sequence[Backbone], name: str | None, sizes: Collection[tuple[int, int]]
+    specs: Sequence[Backbone], name: str | None, sizes: Collection[tuple[int, int]], decode: str = "full"
 ) -> dict[str, Transform]:
     """One transform per backbone, all of the same geometry: every backbone sees the same augmented pixels."""
     # Images stay as they are only where the patches of all backbones divide them.
     patch = lcm(*(spec.patch for spec in specs))
-    chosen = {spec.name: choose_transform(replace(spec, patch=patch), name, sizes) for spec in specs}
+    chosen = {spec.name: choose_transform(replace(spec, patch=patch), name, sizes, decode) for spec in specs}
     if len({(t.resize, t.crop, t.size, t.interpolation) for t in chosen.values()}) > 1:
         raise UsageError(
             "backbones that are trained together must see the same pixels", code="different-transforms",

@@ -199,6 +199,8 @@ def transform_words(transform: Mapping[str, Any]) -> str:
         words = [f"as it is, {size(transform['size'])}"]
     if transform.get("resize") and transform.get("interpolation"):
         words.append(str(transform["interpolation"]))
+    if "decode" in transform:
+        words.append(f"{transform['decode']} decoding")
     if "views" in transform:
         words.append(f"{transform['views']} views ({transform['augment']['kind']})")
     kind = transform.get("kind")

@@ -314,7 +314,7 @@ class _WholeModel:
         """As `_ProbeModel.logits`."""
         transform = self.models[0].transform
         parts, reasons = [], list[str]()
-        for batch in prepare_batches(root, sources, [transform.geometry], self.batch_size, pool, decoding):
+        for batch in prepare_batches(root, sources, [transform], self.batch_size, pool, decoding):
             pixels = stack_batch(batch, 0, torch.empty((len(batch), *transform.size, 3), dtype=torch.uint8)).numpy()
             parts.append(np.stack([model.logits(pixels) for model in self.models]))
             reasons += [

@@ -29,7 +29,7 @@ def encode(image: Image.Image, **options: object) -> bytes:
 
 def by_pillow(data: bytes, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | str:
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_decode_jpeg", lambda data, image: None)
+        patch.setattr(images, "_decode_jpeg", lambda *_: None)
         return outcome(data)
 
 
@@ -94,7 +94,7 @@ def test_damaged_files_end_as_with_pillow(data: st.DataObject) -> None:
 
 def test_decoders_that_differ_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = images._strict_jpeg
-    monkeypatch.setattr(images, "_strict_jpeg", lambda data: right(data) ^ 1)  # type: ignore[operator]
+    monkeypatch.setattr(images, "_strict_jpeg", lambda *given: right(*given) ^ 1)  # type: ignore[operator]
     assert not images._same_pixels.__wrapped__()
     monkeypatch.undo()
     assert images._same_pixels.__wrapped__()

@@ -111,9 +111,9 @@ def test_several_backbones_decode_each_image_once(images: Path, home: Path, monk
     read: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
+    def count(root: Path, path: str, place: str, *more: object) -> object:
         read.append(path)
-        return original(root, path, place)
+        return original(root, path, place, *more)
 
     monkeypatch.setattr(batching, "read_image", count)
     stores = extract_features(["random", "random:1"], load(images))

@@ -58,9 +58,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     original = batching.read_image
 
-    def count(root: Path, path: str, place: str, decoding: object = None) -> object:
+    def count(root: Path, path: str, place: str, *more: object) -> object:
         paths.append(path)
-        return original(root, path, place)
+        return original(root, path, place, *more)
 
     monkeypatch.setattr(batching, "read_image", count)
     return paths

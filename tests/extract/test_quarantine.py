@@ -156,10 +156,10 @@ def test_a_failing_medium_is_told_with_image_and_error(
 ) -> None:
     original = batching.read_image
 
-    def fail(root: Path, path: str, place: str, decoding: object = None) -> object:
+    def fail(root: Path, path: str, place: str, *more: object) -> object:
         if path.endswith("09.png"):
             raise OSError(code, "no such luck")
-        return original(root, path, place)
+        return original(root, path, place, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(batching, "read_image", fail)
@@ -176,7 +176,7 @@ def test_an_unmounted_root_quarantines_nothing(
 ) -> None:
     original, aside = batching.read_image, images.with_name("aside")
 
-    def read(root: Path, path: str, place: str, decoding: object = None) -> object:
+    def read(root: Path, path: str, place: str, *more: object) -> object:
         if images.is_dir() and not aside.exists():
             if how == "empty":  # the same folder, as far as its numbers go
                 shutil.copytree(images, aside)
@@ -187,7 +187,7 @@ def test_an_unmounted_root_quarantines_nothing(
                 if how == "another":
                     draw(images / "benign" / "else.png", 1)
         try:
-            return original(root, path, place)
+            return original(root, path, place, *more)
         finally:
             if how == "flickers" and aside.exists():
                 aside.rename(images)
@@ -213,7 +213,7 @@ def test_quarantined_images_are_retried_when_asked(images: Path, home: Path, mon
     assert extract(images, retry_quarantined=True).computed == 0
 
 
-def _refuse_tens(root: Path, path: str, place: str, decoding: object = None) -> object:
+def _refuse_tens(root: Path, path: str, place: str, *more: object) -> object:
     from embcache.data.images import read_image
     from embcache.errors import ImageError
 
@@ -221,7 +221,7 @@ def _refuse_tens(root: Path, path: str, place: str, decoding: object = None) -> 
         error = ImageError("a decoder that is too old")
         error.digest = hashlib.sha256((root / path).read_bytes()).hexdigest()
         raise error
-    return read_image(root, path, place)
+    return read_image(root, path, place, *more)
 
 
 def test_no_grey_or_zero_row_reaches_a_probe_and_the_result_says_how_many_are_missing(images: Path, home: Path) -> None:

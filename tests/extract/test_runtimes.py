@@ -11,9 +11,11 @@ import torch
 
 from embcache.backbones import runtimes
 from embcache.backbones.runtimes import Compiled, choose_runtime, departure
+from embcache.backbones.transforms import choose_transform
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import UsageError
 from embcache.extract import recipes as extraction
+from embcache.extract.worker import freeze
 from embcache.maintain.repair import check_sample, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.store.feature_store import FeatureStore
@@ -146,3 +148,14 @@ def test_the_gate() -> None:
     assert departure(eager * 1.5, eager, "bf16") == ""
     assert departure(eager.flip(1), eager, "bf16") != ""
     assert departure(eager * torch.nan, eager, "fp32") != ""
+
+
+def test_torch_named_or_not_computes_in_bfloat16() -> None:
+    loaded = load_tiny("random")
+    transform = choose_transform(loaded.spec, "paper", {(40, 40)})
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    unnamed, named, exact = (
+        freeze(loaded, transform, "cpu", precision).features(pixels) for precision in ("bf16", "bf16+eager", "fp32")
+    )
+    assert np.array_equal(unnamed, named)
+    assert not np.array_equal(unnamed, exact)
