@@ -26,7 +26,7 @@ _SAID = (
 
 # How often a thread of GNU's OpenMP looks for work before it sleeps. Its default of 300,000 is for machines of one's
 # own: beside other work, threads that look keep those that work from their cores (docs/log.md).
-_SPINS = "1000"
+_SPINS = "3000"
 
 
 def usable_cores(files: Path = Path("/")) -> int:

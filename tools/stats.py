@@ -27,7 +27,7 @@ PROBING = {
 # Bounds that hold already; a measure without one is only printed.
 PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
-    "lines": 36_860,  # the goal is `GOAL`; what the reach over backbones and runtimes took is in docs/log.md
+    "lines": 36_920,  # the goal is `GOAL`; what the reach over backbones and runtimes took is in docs/log.md
     "files": 140,
     PROBES: 0,
     "files of more than 600 lines": 0,
