@@ -43,5 +43,5 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(mine: dict[str, 
     env = {name: value for name, value in os.environ.items() if name not in names} | mine
     script = f"import embcache, os; print([os.environ.get(name) for name in {names}])"
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    expected = [mine.get(name) for name in names] if mine else ["1000", None]
+    expected = [mine.get(name) for name in names] if mine else ["3000", None]
     assert done.stdout.strip() == str(expected)

@@ -151,7 +151,7 @@ class Backbone:
         return f"{self.name}={self.model}" if self.model else self.name
 
     def contamination(self, layout: str) -> list[str]:
-        """A note for a dataset of whose layout images were used in pretraining."""
+        """A note where images of a dataset's layout were used in pretraining."""
         said = f"{self.name} was pretrained on images of {layout}: its scores there are contaminated"
         return [said] if layout in self.contaminated else []
 

@@ -463,7 +463,7 @@ _BLOCK = 1 << 20  # values converted at a time: what is made of an image at the 
 
 
 def gray_as_rgb(gray: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Gray (H, W) seen three times, (H, W, 3): a view, whose last stride of 0 tells a transform to resize it once."""
+    """Gray (H, W) seen three times, (H, W, 3): a view. By its last stride of 0 a transform resizes it once."""
     return np.broadcast_to(gray[..., None], (*gray.shape, 3))
 
 

@@ -410,7 +410,7 @@ def _without_applications(data: bytes) -> bytes | None:
 def _strict_jpeg(data: bytes, mode: str, shape: tuple[int, ...], scale: int) -> npt.NDArray[np.uint8] | None:
     least = {"min_height": shape[0], "min_width": shape[1], "min_factor": scale}
     try:
-        # Strict: at the first thing that libjpeg warns of, Pillow shall say whether the file is broken.
+        # Strict by default: at the first thing that libjpeg warns of, Pillow shall say whether the file is broken.
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if mode == "L" else mode, **least)
     except ValueError:
         return None

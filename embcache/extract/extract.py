@@ -96,7 +96,8 @@ def extract_features(
     Parameters
     ----------
     backbones : str, Backbone, or a sequence of these
-        One gives a store, a sequence gives a dict of them by name; images are decoded once for all.
+        One gives a store, a sequence gives a dict of them by name; images are decoded once for all, or with
+        ``decode="reduced"`` once per size that their transforms resize to.
     dataset : ImageDataset or str
         From :func:`embcache.load_dataset`, or the name of a cached one.
     home : path-like, optional

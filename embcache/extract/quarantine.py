@@ -23,7 +23,7 @@ from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore, extract_command
 from embcache.store.reading import read_header, read_index
 
-# Reason of a row whose image left the dataset after its shard was planned: no fault of the image.
+# Why a row is empty: its image left the dataset after the shard was planned, which is no fault of the image.
 LEFT = "no longer in the dataset"
 _VANISHED = "the file is not there"
 _SHOWN = 20

@@ -395,7 +395,7 @@ def compute_shard(
     on_rows: Callable[[int], object] = lambda rows: None,
     decoding: Decoding | None = None,
 ) -> list[ShardRows]:
-    """Features of one shard under each network; every image is read and decoded once for all of them."""
+    """Features of one shard under each network; an image is decoded once for all, or per `Transform.least`."""
     wanted = [network.image_views for network in networks]
     distinct = list(dict.fromkeys(wanted))
     firsts = dict(zip(distinct, accumulate((views.number for views in distinct), initial=0), strict=False))

@@ -189,19 +189,18 @@ class Streamed(FeatureRows):
         numbers = np.array(sorted(self.shard_rows))
         orders, bounds = zip(*self._by_shard(sets, numbers), strict=True) if sets else ((), ())
 
-        def read(rank: int) -> list[Chunk]:
+        def read(rank: int) -> tuple[list[IntArray], list[IntArray], IntArray, dict[str, Tensor]]:
             parts = [order[b[rank] : b[rank + 1]] for order, b in zip(orders, bounds, strict=True)]
             wanted = [rows.numpy()[part] for rows, part in zip(sets, parts, strict=True)]
             rows = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
-            held, chunks = self._read(rows) if len(rows) else {}, []
+            return parts, wanted, rows, self._read(rows) if len(rows) else {}
+
+        for parts, wanted, rows, held in one_ahead(read, range(len(numbers))):
             for number, (part, these) in enumerate(zip(parts, wanted, strict=True)):
                 for start in range(0, len(part), CHUNK):
                     places = torch.from_numpy(np.searchsorted(rows, these[start : start + CHUNK]))
                     x = {b: take(f, places).to(self.device) for b, f in held.items()}
-                    chunks.append(Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x))
-            return chunks
-
-        yield from itertools.chain.from_iterable(one_ahead(read, range(len(numbers))))
+                    yield Chunk(number, torch.from_numpy(part[start : start + CHUNK]), x)
 
     def _by_shard(self, sets: Sequence[Tensor], numbers: IntArray) -> list[tuple[IntArray, IntArray]]:
         """For each set its places, shard by shard, and where in them each shard begins; kept for the next epoch."""

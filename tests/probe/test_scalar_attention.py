@@ -354,3 +354,24 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
         found.append([out, *torch.autograd.grad((out * upstream.to(device)).sum(), inputs)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+def test_a_row_has_the_same_bits_alone_on_two_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(12, 1536, generator=generator) for _ in range(2))
+
+    def both(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = x[rows].clone().requires_grad_()
+        attend(25 * tokens, tokens, tokens).backward(upstream[rows])
+        assert tokens.grad is not None
+        return attend(25 * tokens, tokens, tokens).detach(), tokens.grad
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = both(slice(0, 12))
+        for row in range(12):
+            for whole, alone in zip(together, both(slice(row, row + 1)), strict=True):
+                torch.testing.assert_close(alone[0], whole[row], rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)

@@ -187,11 +187,11 @@ class _Products:
     def interpolate(self, values: Tensor) -> Tensor:
         """Functions (R, functions, M), known at the nodes, at x: (R, functions, N)."""
         matrix = _chebyshev(self.count, values.device)[2].T
-        coefficients = torch.bmm(values, _of_each(matrix, values)).to(self.x.dtype)
+        coefficients = _bmm(values, _of_each(matrix, values)).to(self.x.dtype)
         coefficients = coefficients.view(len(values), -1, self.factors)  # (R, functions × M / A, A)
         out = self.x.new_empty(*values.shape[:2], self.x.shape[1])
         for rows, first, second in self._blocks():
-            parts = torch.bmm(coefficients[rows], first).view(-1, *out.shape[1:2], *second.shape[1:])
+            parts = _bmm(coefficients[rows], first).view(-1, *out.shape[1:2], *second.shape[1:])
             total = parts[:, :, 0]
             for n in range(1, second.shape[1]):
                 total.addcmul_(parts[:, :, n], second[:, None, n])
@@ -205,8 +205,8 @@ class _Products:
             given = second if numbers is None else second * numbers[rows, None]
             parts = _PARTS if numbers is None else 1
             for one, other in zip(given.chunk(parts, 2), first.chunk(parts, 2), strict=True):
-                sums[rows] += torch.bmm(one, other.to(one.dtype).mT).flatten(1)
-        return torch.bmm(sums[:, None], _of_each(_chebyshev(self.count, sums.device)[2], sums))[:, 0]
+                sums[rows] += _bmm(one, other.to(one.dtype).mT).flatten(1)
+        return _bmm(sums[:, None], _of_each(_chebyshev(self.count, sums.device)[2], sums))[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +295,7 @@ def _evaluate(
         scale = v.abs().amax(1, keepdim=True).clamp_min(1e-30)
         value = keys.at_nodes(v) / scale
     terms = torch.stack([number, number * k, value, value * k], 2)
-    sums = torch.cat([_weights(scores[some]) @ terms[some] for some in _blocks(len(t), len(nodes) ** 2, _CELLS)])
+    sums = torch.cat([_bmm(_weights(scores[some]), terms[some]) for some in _blocks(len(t), len(nodes) ** 2, _CELLS)])
     inverse = 1 / sums[:, :, 0]
     mean_k, mean_v, mean_kv = (sums[:, :, 1:] * inverse[:, :, None]).unbind(2)  # (R, M) each
     values = torch.stack([mean_v, mean_kv - mean_k * mean_v], 1)
@@ -303,7 +303,7 @@ def _evaluate(
     if v is not None:
         outermost = torch.stack([mean_k, *(inverse * torch.exp(2 * s.clamp(max=0)) for s in (scores, -scores))], 1)
         watched = torch.cat([values, outermost / outermost.abs().amax(-1, keepdim=True)], 1)
-    tail = torch.bmm(watched, _of_each(matrix[-(2 + len(nodes) // 8) :].T, watched)).abs().amax(-1)
+    tail = _bmm(watched, _of_each(matrix[-(2 + len(nodes) // 8) :].T, watched)).abs().amax(-1)
     noise = _NOISE if mean.dtype == torch.float32 else _NOISE * 1e-6
     good = (tail <= _MARGIN * TOLERANCE * (watched.amax(-1) - watched.amin(-1)) + noise).all(1)
     values *= torch.stack([scale, scale * half], 1)
@@ -333,12 +333,12 @@ class _Interpolate(torch.autograd.Function):
         v, slope = ctx.saved_tensors
         group: NodeGroup = ctx.group
         with plain_arithmetic(slope):
-            # What the queries say together at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
+            # What the queries add up to at each node, Σ_i g_i share_m(q_i), over the node's Z: (R, M).
             pull = group.queries.at_nodes(upstream) * group.inverse
             pulled = pull * group.t
             terms = torch.stack([pull, pulled, pulled * group.values[:, 0]], 1)
             blocks = _blocks(len(terms), terms.shape[2] ** 2, _CELLS)
-            sums = torch.cat([terms[some] @ _weights(group.scores[some]) for some in blocks])
+            sums = torch.cat([_bmm(terms[some], _weights(group.scores[some])) for some in blocks])
             of_1, of_v, less = sums.unbind(1)
             if v is None:
                 grad = group.keys.interpolate((of_1 + group.k * of_v - less)[:, None])[:, 0]
@@ -372,6 +372,13 @@ def _chebyshev(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     points = angles.cos()
     products = _Products(points[None], count).products(slice(1))[0]  # (products, points)
     return points.to(device), matrix.to(device), torch.linalg.inv(products).T.to(device)
+
+
+def _bmm(one: Tensor, other: Tensor) -> Tensor:
+    """Products of rows (R, …), with equal rounding in any batch: for a single one torch would use all threads."""
+    if len(one) > 1:
+        return torch.bmm(one, other)
+    return torch.bmm(one.expand(2, -1, -1), other.expand(2, -1, -1))[:1]
 
 
 def _of_each(matrix: Tensor, rows: Tensor) -> Tensor:
