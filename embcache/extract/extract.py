@@ -145,7 +145,7 @@ def extract(
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     threads = config.workers or max(1, default_workers() // len(devices))
     others = _configs_of_others(backbones, devices, config, threads)
-    quarantine = Quarantine(dataset, image_root(dataset), config, home)
+    quarantine = Quarantine(dataset, image_root(dataset), config)
     with ThreadPoolExecutor(threads) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
         models = _models(backbones, dataset, files, config, home)
@@ -384,7 +384,8 @@ def _models(
             versions[package] = version(package)
     bare, sizes, flags = [bare_name(str(name)) for name in names], set(files.sizes), sorted(cpu_flags())
     given, found = weights_by_name(bare, config.weights), dict[str, tuple[str, list[Path | None]]]()
-    options = {**config.to_json(), "weights": None, "size": list(*sizes) if len(sizes) == 1 else None}
+    options: dict[str, Any] = {**config.to_json(), **dict.fromkeys(("weights", "workers", "batch_size"))}
+    options["size"] = list(*sizes) if len(sizes) == 1 else None
     caches = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
     places = [str(weights_dir(home)), sys.prefix, str(Path.home()), *map(os.environ.get, caches)]
     for name, own in zip(map(str, names), bare, strict=True):

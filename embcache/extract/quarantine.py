@@ -18,9 +18,8 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
-from embcache.paths import PathLike
 from embcache.store.commit import ShardRows
-from embcache.store.feature_store import FeatureStore, extract_command
+from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import read_header, read_index
 
 # Why a row is empty: its image left the dataset after the shard was planned, which is no fault of the image.
@@ -56,8 +55,8 @@ def parse_max_bad(value: int | str, images: int) -> int:
 class Quarantine:
     """Judges the unusable images of one run: every shard is checked before it is committed."""
 
-    def __init__(self, dataset: ImageDataset, root: Path, config: ExtractConfig, home: PathLike | None = None) -> None:
-        self._dataset, self._root, self._config, self._home = dataset, root, config, home
+    def __init__(self, dataset: ImageDataset, root: Path, config: ExtractConfig) -> None:
+        self._dataset, self._root, self._config = dataset, root, config
         self._allowed = parse_max_bad(config.max_bad, len(dataset))
         self._folder = _identity(root)
         self._tallies: dict[Path, _Tally] = {}
@@ -91,13 +90,12 @@ class Quarantine:
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
         if len(bad) > _SHOWN:
             lines.append(f"… and {len(bad) - _SHOWN:,} more")
-        command = extract_command(store.recipe.typed, self._dataset, self._home)
         return DatasetError(
             f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} ({new:,} of them in the current "
             "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",
-            fix="repair or remove them and run the same command: what is committed stays; or accept more of them:\n"
-            f"{command} --max-bad {len(bad)}",
+            fix="repair or remove them and run the same command: what is committed stays; or accept more of them: "
+            f"the same command with --max-bad {len(bad)}",
         )  # fmt: skip
 
     def _check_root(self, source: ImageRef) -> None:

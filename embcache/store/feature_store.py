@@ -507,7 +507,7 @@ def describe_differences(recipes: list[Recipe]) -> list[str]:
     names = dict.fromkeys(name for other in recipes[1:] for name in recipes[0].differences(other))
     lines = []
     for recipe in recipes:
-        texts = {name: str(recipe.flat().get(name)) for name in names}
+        texts = {name: str(recipe.flat().get(name, "full" if name == "transform.decode" else None)) for name in names}
         values = (f"{name} = {text if len(text) <= 40 else text[:16] + '…'}" for name, text in texts.items())
         lines.append(f"{recipe.fingerprint[:12]}: {', '.join(values)}")
     return lines
