@@ -90,7 +90,15 @@ class DatasetRef(Config):
     )
     merge_class: tuple[str, ...] = option((), "Merge classes under a new name; repeatable.", metavar="A+B=NEW")
     target: str | None = option(
-        None, "Column of the dataset's table to predict instead of its labels.", metavar="COLUMN"
+        None, "Column of the dataset's table to predict instead of its labels; several are findings.",
+        metavar="COLUMN[,COLUMN…]",
+    )  # fmt: skip
+    task: str | None = option(
+        None, "What is predicted: one class, an ordered one, several findings, a number. [default: by the values, with "
+        "a note]", choices=("classes", "ordinal", "findings", "number"),
+    )  # fmt: skip
+    uncertain: str = option(
+        "unknown", "What uncertain values of findings (-1) are taken as.", choices=("unknown", "zero", "one")
     )
 
 
@@ -238,6 +246,10 @@ class ProtocolConfig(Config):
     metric: str | None = option(
         None, "Metric that scores models and chooses epochs. [default: that of the dataset]", result="metric",
         metavar="NAME",
+    )  # fmt: skip
+    loss: str | None = option(
+        None, "Loss of trained heads: softmax, cumulative (ordinal), bce or weighted-bce (findings), squared or huber "
+        "(number). [default: softmax; with --task ordinal cumulative; bce; squared]", result=True, metavar="NAME",
     )  # fmt: skip
     positive: str | None = option(
         None, "Positive class of two. [default: the one not named normal, benign, negative, no …, 0 and the like; "

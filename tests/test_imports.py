@@ -19,7 +19,7 @@ from tools.stats import cycles, imports, modules
 PACKAGE = Path(embcache.__file__).parent
 
 # From the bottom to the top: each part may import itself and those of lower rows.
-_BASE = ("config", "cores", "errors", "fields", "io", "log", "notebook", "paths", "registry", "sealed")
+_BASE = ("config", "cores", "errors", "fields", "io", "log", "notebook", "paths", "registry", "sealed", "targets")
 LAYERS = (
     _BASE,
     ("backbones", "data", "store", "runs"),

@@ -44,7 +44,7 @@ def extract(
         bool, "", "Print what would be computed (of all parts) and why, field by field; write nothing."
     ] = False,
     json: str | None,
-    ref: Annotated[DatasetRef, Skip("target", "drop_class")],
+    ref: Annotated[DatasetRef, Skip("drop_class")],
     config: ExtractConfig,
 ) -> Answer:
     """Run frozen backbones once over all images into feature stores.
@@ -193,7 +193,7 @@ def import_(
     backbone_name: Annotated[str, "NAME", "Name of the features; no name of `embcache backbones`."],
     dataset: OneDataset,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target", "drop_class")],
+    ref: Annotated[DatasetRef, Skip("drop_class")],
     config: ImportConfig,
 ) -> Answer:
     """Take features made elsewhere as those of a backbone, to be probed, compared and reported like any other.
@@ -244,7 +244,7 @@ def rank(
     seed: Annotated[int, "N", "Seed of folds and subsets."] = 0,
     recipe: str | None,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Score every cached backbone in seconds, without training, to see which ones are worth probing.
 
@@ -317,7 +317,7 @@ def similarity(
     seed: Annotated[int, "N", "Seed of the images drawn, where there are many."] = 0,
     recipe: str | None,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Compare the embeddings of cached backbones on the same training images: linear CKA and mutual k-NN.
 

@@ -120,7 +120,7 @@ def run(
     home: Path | None,
     dry_run: Annotated[bool, "", "Show the plan and do nothing."] = False,
     json: str | None,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
     config: Annotated[StudyConfig, Skip("splits", "metric", "positive")],
     out: TableOutput,
 ) -> Answer:
@@ -234,7 +234,7 @@ def tsne(
     coordinates: Annotated[Path | None, "FILE", "Write the points: CSV, or Parquet by its suffix."] = None,
     home: Path | None,
     config: MapConfig,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Map cached embeddings side by side: each backbone, and what a run of dvme fuses.
 
@@ -397,7 +397,7 @@ def neighbors(
     output: Figures,
     home: Path | None,
     config: NeighborsConfig,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Show the images nearest to one in cached features, as a table and a contact sheet.
 
@@ -439,7 +439,7 @@ def audit(
     show: Annotated[int, "N", "Number of lines to print of each list."] = 10,
     home: Path | None,
     config: AuditConfig,
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 

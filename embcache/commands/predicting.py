@@ -42,7 +42,9 @@ def predict(
     home: Path | None,
     json: str | None,
     config: PredictConfig,
-    ref: Annotated[DatasetRef, Skip("target", "name", "allow_missing", "drop_class", "merge_class")],
+    ref: Annotated[
+        DatasetRef, Skip("target", "task", "uncertain", "name", "allow_missing", "drop_class", "merge_class")
+    ],
 ) -> Answer:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.
 

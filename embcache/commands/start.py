@@ -62,7 +62,7 @@ def datasets(
         str | None, typer.Argument(metavar="NAME", help="Show this dataset in full: classes, groups, missing images.")
     ] = None,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target")],
+    ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target", "task", "uncertain")],
 ) -> Answer:
     """List the datasets and what was found of each; with a NAME, one of them in full.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,7 @@ from embcache.commands.options import (
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
 from embcache.commands.scores import in_metrics, print_results
 from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolConfig
-from embcache.errors import UsageError
+from embcache.errors import ProtocolError, UsageError
 from embcache.fields import bare_name, check_subsets, parse_weights, split_list
 from embcache.log import log
 
@@ -92,7 +93,8 @@ def _check_metrics(names: Sequence[str]) -> None:
 
     for name in names:
         if ":" not in name:
-            find_metric(name, 2)
+            with suppress(ProtocolError):  # of another target than two classes
+                find_metric(name, 2)
 
 
 @command(table=True)
@@ -104,7 +106,7 @@ def finetune(
     metric: Metrics,
     home: Path | None,
     config: Annotated[FinetuneConfig, Skip("metric")],
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> Answer:
     """Train backbones and a head together on augmented images, by the protocol of probing, and test them.
 
@@ -114,6 +116,7 @@ def finetune(
     Example: embcache finetune --backbone random --dataset pneumonia --subset S --val matched
     """
     _check_metrics(metric)
+    from embcache.data.classes import refuse_unclear
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET
@@ -128,6 +131,8 @@ def finetune(
     config = replace(config, metric=metric[0] if metric else None)
     weights = parse_weights(config.weights, backbone or PAPER_SET)
     loaded = [load_named(name, ref, home) for name in dataset]
+    for found, _ in loaded if ref.task is None else ():
+        refuse_unclear(found)
     sets = [
         (name, used)
         for name, fusing in fuses.items()
@@ -162,7 +167,7 @@ def export(
     backbone: OneBackbone,
     home: Path | None,
     config: Annotated[ProtocolConfig, Skip("splits", "metric", "positive")],
-    ref: Annotated[DatasetRef, Skip("target")],
+    ref: DatasetRef,
 ) -> None:
     """Write the splits that `embcache probe` draws, as JSON: IDs of the test set and of every fold and subset.
 
@@ -201,7 +206,7 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="File written by `embcache splits export`.")],
     dataset: DatasetName,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("target", "name")],
+    ref: Annotated[DatasetRef, Skip("name")],
 ) -> None:
     """Check the splits of others against a dataset and keep them for `embcache probe --splits NAME`.
 
@@ -225,9 +230,9 @@ def _print(splits: Splits) -> None:
     for subset in splits.subsets:
         for fold in range(splits.n_folds):
             train, val = splits.train[fold, subset], splits.val[fold, subset]
-            counts = [int((splits.labels[train] == c).sum()) for c in range(len(splits.class_names))]
+            counts = splits.task.counts(splits.labels[train])
             rows.append([subset, fold, len(train), " ".join(map(str, counts)), len(val)])
-    print_table(["subset", "fold", "train", "by class", "val"], rows, notes=[
-        f"classes: {', '.join(splits.class_names)}", f"test: {len(splits.test):,} images ({splits.test_set})",
-        *splits.notes,
+    print_table(["subset", "fold", "train", f"by {splits.task.noun}", "val"], rows, notes=[
+        f"{splits.task.nouns}: {', '.join(splits.class_names)}",
+        f"test: {len(splits.test):,} images ({splits.test_set})", *splits.notes,
     ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a dataset's labels are: classes from texts, classes left out or merged, and other columns in their place.
+"""What is predicted of a dataset: its classes, some left out or merged, or columns in their place.
 
 All of them are other questions to the same images, groups and cached features.
 """
@@ -12,8 +12,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +20,24 @@ from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
 from embcache.data.groups import may_name_people, overlap_notes
+from embcache.data.label_texts import class_order as class_order
+from embcache.data.label_texts import label_notes as label_notes
+from embcache.data.label_texts import label_numbers as label_numbers
+from embcache.data.label_texts import merge_example, merges_of, names_in, unclear_labels
+from embcache.data.label_texts import same_but_for_case as same_but_for_case
 from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
-from embcache.errors import DatasetError, UsageError, first_few
+from embcache.errors import DatasetError, UsageError, check_choice, first_few
+from embcache.targets import targets
+from embcache.targets.findings import (
+    ABSENT,
+    PRESENT,
+    UNCERTAIN,
+    UNKNOWN,
+    read_columns,
+    read_list,
+    separator_of,
+)
+from embcache.targets.number import MAX_AGE, is_age, read_numbers
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -34,143 +49,45 @@ FEW_NUMBERS = 5
 """A column of numbers with so many distinct values or fewer is taken value by value."""
 
 AGE_BANDS = ((18.0, "<18"), (40.0, "18-39"), (60.0, "40-59"), (80.0, "60-79"), (math.inf, "80+"))
-MAX_AGE = 120.0
-"""NIH lists ages up to 414: ages above any possible one are no value."""
 
 _NO_VALUE = {"", "nan", "none", "null", "na", "n/a"}
-_MISSING_WORDS = {"nan", "na", "n/a", "null", "<na>"}
-_SEPARATORS = "|;,/+"
-
-
-# Classes from texts
-
-
-def class_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Distinct labels as class names: by value when all are whole numbers, else alphabetically. Empty is no label."""
-    names = {label for label in labels if label}
-    if all(name.removeprefix("-").isdecimal() and len(name) < 100 for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
-
-
-def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Sequence[str], where: Path) -> list[int]:
-    """Index of each label among ``class_names``; -1 where it is empty."""
-    number = {name: c for c, name in enumerate(class_names)} | {"": -1}
-    unknown = [f"{i}: {label!r}" for i, label in zip(ids, labels, strict=True) if label not in number]
-    if unknown:
-        raise DatasetError(
-            f"unknown label in {len(unknown):,} rows", code="unknown-label",
-            expected=" or ".join(class_names) + ", or empty for unlabeled", found=first_few(unknown), where=where,
-        )  # fmt: skip
-    return [number[label] for label in labels]
-
-
-def label_notes(labels: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """Notes on labels that may not be what was meant: several in one, decimals, texts that occur once."""
-    counts = Counter(filter(None, labels))
-    notes = [
-        f"class {name!r} ({counts[name]:,} images) reads like a missing value: leave such cells empty, or "
-        f"embcache probe --drop-class {name}"
-        for name in class_names
-        if name.casefold() in _MISSING_WORDS
-    ]
-    parts = Counter(part.strip() for name in class_names for s in _SEPARATORS if s in name for part in name.split(s))
-    several = {
-        name: counts[name]
-        for name in class_names
-        for s in _SEPARATORS
-        if s in name and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
-    }
-    if several:
-        notes.append(
-            f"{sum(several.values()):,} labels seem to hold several findings ({first_few(list(several), 2)}): each "
-            "combination is one class; with one column per finding (yes, no), --target COLUMN predicts one finding"
-        )
-    decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
-    if len(decimals) > max(2, len(class_names) // 2):
-        notes.append(
-            f"labels are decimals ({first_few(decimals, 2)}), and each value is a class; in a column of its own, "
-            "--target COLUMN cuts such numbers at their quarters"
-        )
-    single = sum(n == 1 for n in counts.values())
-    if single > max(10, len(counts) // 2) and not decimals:
-        notes.append(
-            f"{single:,} of {len(counts):,} classes have one image: is this the column of the labels? "
-            "--label-column names another, --target another column to predict"
-        )
-    return notes
-
-
-def same_but_for_case(
-    labels: Sequence[str], merge: Sequence[str], *, where: object
-) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
-    """Classes that differ only in letter case: merged where the user said so, else refused."""
-    counts = Counter(filter(None, labels))
-    merged, done, notes = dict[str, str](), list[str](), list[str]()
-    for text in merge:
-        ((name, members),) = _merges([text], list(counts)).items()
-        if set(members) <= counts.keys() and len({member.casefold() for member in members}) == 1 < len(members):
-            merged |= dict.fromkeys(members, name)
-            done.append(text)
-            notes.append(f"classes {', '.join(members)} are one class, {name}, as --merge-class says")
-    alike: dict[str, list[str]] = {}
-    for name in sorted({merged.get(name, name) for name in counts}):
-        alike.setdefault(name.casefold(), []).append(name)
-    several = [names for names in alike.values() if len(names) > 1]
-    if several:
-        flags = [f"{'+'.join(names)}={max(names, key=lambda n: counts[n])}" for names in several]
-        raise DatasetError(
-            "classes differ only in letter case", code="classes-differ-in-case", expected="one spelling per class",
-            found="; ".join(", ".join(f"{name} ({counts[name]:,})" for name in names) for names in several),
-            where=where, fix=" ".join(f"--merge-class {shlex.quote(flag)}" for flag in flags),
-        )  # fmt: skip
-    return merged, tuple(done), notes
 
 
 # Classes left out or merged
 
 
+def refuse_unclear(ds: ImageDataset) -> None:
+    """Ask, by a `UsageError`, what is predicted where the labels of a table look like something else than classes."""
+    if ds.kind != "classes" or ds.target or ds.layout != "folder":
+        return
+    doubts = unclear_labels([ds.class_names[y] for y in ds.labels if y >= 0], ds.class_names)
+    if doubts:
+        raise UsageError(
+            "it is not clear what is to be predicted", code="task-unclear", where=ds.origin or ds.root,
+            found="; ".join(note for note, _ in doubts), expected="--task, which says what the labels are",
+            fix=[*(f"--task {task}" for _, task in doubts if task), "--task classes to take each value as a class"],
+        )  # fmt: skip
+
+
 def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
     """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
-    ds = retarget(ds, ref.target) if ref.target is not None else ds
+    target = ref.target or ds.ref.target  # a table without a column of labels keeps what it was loaded for
+    if target is not None or ref.task is not None:
+        ds = retarget(ds, target, ref.task, uncertain=ref.uncertain)
     merge = [text for text in ref.merge_class if text not in ds.ref.merge_class]  # the others were merged at loading
     if not (ref.drop_class or merge):
         return ds
-    dropped = [name for text in ref.drop_class for name in _names(text, ",", ds.class_names)]
-    return ds.with_classes(dropped, _merges(merge, ds.class_names))
-
-
-def _merges(texts: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
-    """Members of each class that ``a+b=c`` makes; `UsageError` where a text is malformed."""
-    merge: dict[str, list[str]] = {}
-    for text in texts:
-        members, equals, name = (part.strip() for part in text.rpartition("="))
-        if not (members and equals and name) or name in merge:
-            raise UsageError(
-                "--merge-class is malformed", code="merge-class", where="--merge-class", found=repr(text),
-                expected="the classes with + between, = and their new name, which is given once", fix=_example(known),
-            )  # fmt: skip
-        merge[name] = _names(members, "+", known)
-    return merge
-
-
-def _names(text: str, separator: str, known: Sequence[str]) -> list[str]:
-    """The names in a text; a class may have the separator in its own name."""
-    parts, names = text.split(separator), list[str]()
-    while parts:
-        ends = [end for end in range(len(parts), 0, -1) if separator.join(parts[:end]).strip() in known]
-        end = ends[0] if ends else 1
-        names.append(separator.join(parts[:end]).strip())
-        parts = parts[end:]
-    return names
-
-
-def _example(names: Iterable[str]) -> str:
-    return "--merge-class " + shlex.quote("+".join(list(names)[:2]) + "=NEW")
+    dropped = [name for text in ref.drop_class for name in names_in(text, ",", ds.class_names)]
+    return ds.with_classes(dropped, merges_of(merge, ds.class_names))
 
 
 def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """New name of each class that is dropped (empty) or merged, in the order of the classes."""
+    if ds.kind not in ("classes", "ordinal"):
+        raise UsageError(
+            f"only classes can be dropped or merged, and {ds.name} has {ds.task.nouns}", code="not-classes",
+            found=first_few(ds.class_names), fix="--target COLUMN,COLUMN with the findings that are meant",
+        )  # fmt: skip
     dropped = list(dict.fromkeys(drop))
     merged = {name: list(dict.fromkeys(members)) for name, members in merge.items()}
     named = [*dropped, *(member for members in merged.values() for member in members)]
@@ -191,7 +108,7 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
         if len(members) < 2 or not name.strip():
             raise UsageError(
                 "a merge needs two classes or more, and a name for them", code="merge-class", found=found,
-                fix=_example(dict.fromkeys((*members, *ds.class_names))),
+                fix=merge_example(dict.fromkeys((*members, *ds.class_names))),
             )  # fmt: skip
         if name in ds.class_names and name not in members:
             raise UsageError(
@@ -259,7 +176,15 @@ def class_words(names: Mapping[str, str]) -> str:
 
 def target_words(request: Mapping[str, Any]) -> str:
     """What a run of this request predicts, in words; empty where it is the dataset's labels as they are."""
-    return ", ".join(filter(None, [request.get("target", ""), class_words(request.get("classes", {}))]))
+    kind = request.get("task", {}).get("kind", "")
+    target = " ".join(filter(None, [request.get("target", ""), f"({kind})" * bool(kind)]))
+    return ", ".join(filter(None, [target, class_words(request.get("classes", {}))]))
+
+
+def target_flags(ds: ImageDataset) -> list[str]:
+    """The words of a command that predicts what a dataset was given as its target."""
+    words = ["--target", ds.target] if ds.target else []
+    return [*words, "--task", ds.kind] if words or (ds.whole is not None and ds.whole.kind != ds.kind) else []
 
 
 def class_flags(names: Mapping[str, str]) -> list[str]:
@@ -309,7 +234,7 @@ def column_values(ds: ImageDataset, column: str) -> Column:
         )
     # A number that names a patient (3459) is not more than another.
     numbers = None if re.search(r"(^|[^a-z])id$", name.lower()) else _numbers(texts)
-    if numbers is not None and re.search(r"(^|[^a-z])age([^a-z]|$)", name.lower()):
+    if numbers is not None and is_age(name):
         return _ages(name, numbers)
     if numbers is not None and len(known) > FEW_NUMBERS:
         return _quartiles(name, numbers, ds.table["split"].to_numpy(dtype=object) == "train")
@@ -324,48 +249,249 @@ def column_values(ds: ImageDataset, column: str) -> Column:
     return Column(name, values, np.array(texts, dtype=object))
 
 
-def retarget(ds: ImageDataset, column: str) -> ImageDataset:
-    """The same images with the values of a column as their labels.
+def retarget(
+    ds: ImageDataset, target: str | None, task: str | None = None, *, loss: str = "", uncertain: str = "unknown"
+) -> ImageDataset:
+    """The same images with the values of columns as what is predicted.
 
-    Name, groups and splits stay, so that cached features and folds can still be used; the metric is the AUC, or the
-    macro AUC of more than two values. Images without a value are unlabeled, and so are those of the validation and
-    test splits whose value no image for training has. There is no leaderboard for a column. A dataset that has this
-    target is returned as it is.
+    Name, groups and splits stay, so that cached features and folds can still be used. Images without a value are
+    unlabeled. There is no leaderboard for a column. A dataset that has this target is returned as it is.
+
+    Parameters
+    ----------
+    ds : ImageDataset
+        Its images and table.
+    target : str or None
+        A column, or several with commas; None, or ``label``, for the dataset's own labels.
+    task : {"classes", "ordinal", "findings", "number"}, optional
+        What the values are. Without it a guess, with its reason in a note: several columns, or one of lists with
+        separators, are findings; more than five distinct numbers are a number; all else classes, which are text as it
+        is, ages in bands, other numbers in quarters.
+    loss : str
+        Loss of trained heads; empty for the task's own (of ``ordinal`` cumulative logits).
+    uncertain : {"unknown", "zero", "one"}
+        What uncertain values of findings (-1) are.
     """
-    found = column_values(ds, column)
-    if found.name == ds.target:
-        return ds
-    if ds.renamed:
+    if task is not None:
+        check_choice("--task", task, targets)
+    names = [] if target is None else _columns_of(ds, target)
+    if names == ["label"]:
+        names = []
+    if ds.renamed and names:
         raise UsageError(
             "classes were dropped or merged before the target was chosen", code="target-after-classes",
             expected="the classes of the target", found=class_words(ds.renamed),
-            fix=f"embcache.data.classes.retarget(dataset, {column!r}).with_classes(…)",
+            fix=f"embcache.data.classes.retarget(dataset, {target!r}).with_classes(…)",
         )  # fmt: skip
-    seen = set(found.of[ds.table["split"].to_numpy(dtype=object) == "train"].tolist())
-    names = tuple(value for value in found.values if value in seen)
-    if len(names) < 2:
-        raise DatasetError(
-            f"column {found.name!r} of {ds.name} has one value only, so there is nothing to predict",
-            code="too-few-classes", expected="two values or more among the images for training",
-            found=", ".join(names) or "none",
-            fix="another column: " + ", ".join(c for c in columns(ds) if c != found.name),
-        )  # fmt: skip
-    number = {value: c for c, value in enumerate(names)}
-    labels = np.array([number.get(value, -1) for value in found.of], dtype=np.int64)
-    notes = [f"the labels are the column {found.name!r}, not those of the dataset", *found.notes]
-    unknown = int((labels < 0).sum())
+    title = ", ".join(names)
+    if (title == ds.target and task in (None, ds.kind) and loss in ("", ds.loss)) or (not names and task is None):
+        return ds
+    texts = {name: _texts(ds, name) for name in names} or {"label": _own_texts(ds)}
+    why = ""
+    if task is None:
+        task, why = guess_task(texts)
+    kept = names or ["label"]
+    reading = _READ[task](ds, texts, uncertain)
+    guessed = f"the target is {_title(kept)} ({task}): {why}; --task takes it otherwise"
+    notes = [guessed] if why and task != "classes" else []
+    if not names:
+        notes.append(f"the labels are taken as {task}, as --task says")
+    elif task == "classes":
+        notes.append(f"the labels are the column {names[0]!r}, not those of the dataset")
+    else:
+        notes.append(f"the target is {_title(kept)} as {task}, not the labels of the dataset")
+    columns = reading.columns
+    label = np.where(_any_known(columns), 0, -1) if reading.labels is None else reading.labels
+    unknown = int((label < 0).sum())
     if unknown:
-        notes.append(f"{unknown:,} of {len(ds):,} images have no value of {found.name!r} that training has")
+        value = f"value of {_title(kept)}" if names else "label"
+        notes.append(f"{unknown:,} of {len(ds):,} images have no {value} that training has")
+    metric = {"ordinal": "kappa", "findings": "macro_auc", "number": "r2"}.get(
+        task, "auc" if len(reading.names) == 2 else "macro_auc"
+    )
+    table = ds.table.assign(label=np.asarray(label, dtype=np.int64), **columns)
     return replace(
-        ds, class_names=names, metric="auc" if len(names) == 2 else "macro_auc", table=ds.table.assign(label=labels),
-        leaderboard_alpha=None, notes=(*ds.notes, *notes), target=found.name, whole=ds.whole or ds,
+        ds, class_names=reading.names, metric=metric, table=table, leaderboard_alpha=None, target=title,
+        notes=(*ds.notes, *notes, *reading.notes), whole=ds.whole or ds, kind=task, columns=tuple(columns),
+        loss=loss or ("cumulative" if task == "ordinal" else ""),
     )  # fmt: skip
 
 
+def _title(names: Sequence[str]) -> str:
+    return f"the column {names[0]!r}" if len(names) == 1 else f"the columns {', '.join(names)}"
+
+
+def _any_known(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    known = [np.isfinite(y) if y.dtype.kind == "f" else y >= 0 for y in columns.values()]
+    return np.asarray(np.any(known, axis=0))
+
+
+def _columns_of(ds: ImageDataset, target: str) -> list[str]:
+    """The columns that a text names with commas; a column may have a comma in its own name."""
+    own = [*columns(ds), "label"]
+    add = None if len(own) > 1 else "add columns to the table of your images (docs/results.md), or use another dataset"
+    names = [target] if target in own else names_in(target, ",", own)
+    found = [match_column(name, own, ds.name, fix=add) for name in names if name]
+    if not found or len(set(found)) < len(found) or ("label" in found and len(found) > 1):
+        raise UsageError(
+            "--target names no columns, or one twice", code="target-columns", found=repr(target),
+            expected="a column, or several with commas", fix="--target COLUMN,COLUMN",
+        )  # fmt: skip
+    return found
+
+
+def _texts(ds: ImageDataset, name: str) -> list[str]:
+    texts = [as_text(value) for value in ds.table[name].tolist()]
+    texts = ["" if text.lower() in _NO_VALUE - {"none"} else text for text in texts]
+    if not any(texts):
+        raise DatasetError(
+            f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
+        )
+    return texts
+
+
+def _own_texts(ds: ImageDataset) -> list[str]:
+    """The labels of a dataset as texts; grades with names of their own as their numbers."""
+    if ds.kind not in ("classes", "ordinal"):
+        raise UsageError(
+            f"{ds.name} has {ds.task.nouns}, which cannot be taken as something else", code="task-of-target",
+            found=first_few(ds.class_names), fix="--target COLUMN with --task",
+        )  # fmt: skip
+    names = [str(c) for c in range(len(ds.class_names))] if ds.kind == "ordinal" else list(ds.class_names)
+    return [names[y] if y >= 0 else "" for y in ds.labels.tolist()]
+
+
+def guess_task(texts: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """What columns seem to hold, and why."""
+    if len(texts) > 1:
+        return "findings", f"{len(texts)} columns, one finding each"
+    ((name, values),) = texts.items()
+    known = set(values) - {""}
+    if re.search(r"(^|[^a-z])id$", name.lower()) is None and _numbers(list(values)) is not None:
+        if len(known) > FEW_NUMBERS:
+            return "number", f"it holds {len(known):,} distinct numbers"
+        return "classes", f"it holds {len(known):,} distinct numbers"
+    if separator := separator_of(values):
+        return "findings", f"its values are lists with {separator!r} between findings"
+    return "classes", f"it holds {len(known):,} distinct texts"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    names: tuple[str, ...]
+    labels: NDArray[np.int64] | None = None  # of classes
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # of findings and numbers
+    notes: Sequence[str] = ()
+
+
+def _read_classes(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+    name, values = _one(texts, "classes")
+    found = Column(name, ds.class_names, np.array(values, dtype=object))
+    found = found if name == "label" else column_values(ds, name)
+    seen = set(found.of[_training(ds)].tolist())
+    names = tuple(value for value in found.values if value in seen)
+    _check_varies(ds, name, names)
+    return _Reading(names, _numbered(found.of, names), notes=found.notes)
+
+
+def _read_ordinal(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+    name, values = _one(texts, "ordinal")
+    own = name == "label" and ds.kind == "ordinal"
+    names = ds.class_names if own else class_order(set(np.array(values, dtype=object)[_training(ds)].tolist()))
+    if own:
+        values = [names[int(text)] if text else "" for text in values]
+    elif not all(grade.removeprefix("-").isdecimal() for grade in names) and len(names) > 2:
+        raise DatasetError(
+            f"the order of the values of {name!r} is not known", code="order-unknown", found=first_few(names, 6),
+            expected="grades as whole numbers: 0, 1, 2, …", where=ds.origin or ds.root,
+            fix="number the grades in the table, or --task classes",
+        )  # fmt: skip
+    if len(names) > MAX_VALUES:
+        raise DatasetError(
+            f"column {name!r} has too many values for grades", code="column-values", found=f"{len(names):,}",
+            expected=f"at most {MAX_VALUES}", where=ds.origin or ds.root, fix="--task number",
+        )  # fmt: skip
+    _check_varies(ds, name, names)
+    return _Reading(names, _numbered(np.array(values, dtype=object), names))
+
+
+def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+    where = ds.origin or ds.root
+    if len(texts) == 1:
+        ((name, values),) = texts.items()
+        separator = separator_of(values)
+        if separator or {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN):
+            names, y, notes = read_list(name, values, separator)
+            return _as_columns(ds, names, y, notes)
+    y, notes = read_columns(texts, uncertain, where=where)
+    return _as_columns(ds, tuple(texts), y, notes)
+
+
+def _as_columns(ds: ImageDataset, names: tuple[str, ...], y: NDArray[np.int64], notes: Sequence[str]) -> _Reading:
+    if taken := [name for name in names if name in COLUMNS]:
+        raise DatasetError(
+            f"a finding may not be called {taken[0]!r}", code="class-names", found=first_few(names),
+            expected=f"other names than {', '.join(COLUMNS)}", where=ds.origin or ds.root, fix="rename it in the table",
+        )  # fmt: skip
+    training = y[_training(ds)]
+    if lacking := [n for n, column in zip(names, training.T, strict=True) if not {0, 1} <= set(column.tolist())]:
+        rest = [name for name in names if name not in lacking]
+        raise DatasetError(
+            f"{len(lacking)} of {len(names)} findings of {ds.name} are never present, or never absent, in training",
+            code="constant-target", found=first_few(lacking), where=ds.origin or ds.root,
+            expected="images with and without each finding",
+            fix=f"--target {shlex.quote(','.join(rest))}" if rest else "other columns",
+        )  # fmt: skip
+    return _Reading(names, columns=dict(zip(names, y.T, strict=True)), notes=notes)
+
+
+def _read_number(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+    name, values = _one(texts, "number")
+    y, notes = read_numbers(name, values, where=ds.origin or ds.root)
+    known = np.unique(y[_training(ds) & np.isfinite(y)])
+    _check_varies(ds, name, [f"{value:g}" for value in known[:2]])
+    column = "label as a number" if name == "label" else name
+    return _Reading((column,), columns={column: y}, notes=notes)
+
+
+_READ = {"classes": _read_classes, "ordinal": _read_ordinal, "findings": _read_findings, "number": _read_number}
+
+
+def _one(texts: Mapping[str, Sequence[str]], task: str) -> tuple[str, Sequence[str]]:
+    if len(texts) > 1:
+        raise UsageError(
+            f"--task {task} predicts one column", code="target-columns", found=", ".join(texts),
+            fix=(f"--target {shlex.quote(next(iter(texts)))}", "--task findings"),
+        )  # fmt: skip
+    return next(iter(texts.items()))
+
+
+def _training(ds: ImageDataset) -> NDArray[np.bool_]:
+    return np.asarray(ds.table["split"].to_numpy(dtype=object) == "train")
+
+
+def _numbered(values: NDArray[np.object_], names: Sequence[str]) -> NDArray[np.int64]:
+    number = {value: c for c, value in enumerate(names)}
+    return np.array([number.get(value, -1) for value in values], dtype=np.int64)
+
+
+def _check_varies(ds: ImageDataset, name: str, values: Sequence[str]) -> None:
+    if len(values) < 2:
+        raise DatasetError(
+            f"column {name!r} of {ds.name} has one value only, so there is nothing to predict",
+            code="too-few-classes", expected="two values or more among the images for training",
+            found=", ".join(values) or "none",
+            fix="another column: " + ", ".join(c for c in columns(ds) if c != name),
+        )  # fmt: skip
+
+
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
-    """The dataset with the labels of a run: its target column, its classes dropped or merged."""
+    """The dataset with the target of a run: its columns and task, its classes dropped or merged."""
     request = request.get("of", request)
-    ds = retarget(ds, request["target"]) if request.get("target") else ds
+    task = request.get("task", {})
+    if request.get("target") or (task and task.get("kind") != ds.kind):
+        kind = task.get("kind", "classes")
+        ds = retarget(ds, request.get("target"), kind, loss=task.get("loss", "softmax"))
     return rename_classes(ds, request.get("classes", {}))
 
 

@@ -31,22 +31,25 @@ from embcache.data.published import (
     unreadable_as_error,
 )  # fmt: skip
 from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique
-from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, first_few, printable
+from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, UsageError, first_few, printable
 from embcache.io import home_folders, read_regular, skip
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import typed, typed_fields
+from embcache.targets import Target, make_target
 
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
 
 
 @dataclass(frozen=True)
-class Classes:
-    """What a dataset's labels are: ``names[c]`` is the class of the rows whose ``column`` is ``c``."""
+class _Declared:
+    """A target in a snapshot."""
 
     names: tuple[str, ...]
     column: str = "label"
     kind: str = "classes"
+    columns: tuple[str, ...] = ()
+    loss: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +63,7 @@ class ImageDataset:
     root : Path or None
         Folder that the paths are relative to (None for a table without files).
     class_names : tuple of str
-        Class ``c`` of ``table.label`` is ``class_names[c]``.
+        Class ``c`` of ``table.label`` is ``class_names[c]``. Of other kinds the names of findings, or of the number.
     metric : str
         As `embcache.probe.metrics.find_metric` takes it: ``auc``, ``macro_auc``, ``kappa`` or another registered name.
     augment : {"patch", "fundus", "chest", "generic"}
@@ -68,7 +71,8 @@ class ImageDataset:
     table : DataFrame
         ``id`` (str, unique), ``path`` (str, relative to root, posix), ``place`` (str, inside a container such as the
         row of an array, else empty), ``label`` (int64, -1 unlabeled), ``group`` (str), ``split`` ("train", "val" or
-        "test"), and further columns of the dataset's own. Its order is the same on every machine.
+        "test"), and further columns of the dataset's own. Its order is the same on every machine. Of findings and
+        numbers, ``label`` is 0 where any is known.
     layout : str
         Name of the layout; differs from ``name`` for folders.
     subset_sizes : mapping of str to int
@@ -91,6 +95,13 @@ class ImageDataset:
         Name of each class that was dropped (empty) or merged by `with_classes`, before and after.
     whole : ImageDataset or None
         The dataset as it was loaded, where target or classes are others: what a snapshot keeps.
+    kind : {"classes", "ordinal", "findings", "number"}
+        What the target is, see `embcache.targets`.
+    columns : tuple of str
+        Columns of the table that hold findings (int64: 1 present, 0 absent, -1 unknown) or a number (float64, NaN
+        unknown).
+    loss : str
+        That trained heads minimize; empty for the kind's first.
 
     Raises
     ------
@@ -117,15 +128,24 @@ class ImageDataset:
     target: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     whole: ImageDataset | None = None
+    kind: str = "classes"
+    columns: tuple[str, ...] = ()
+    loss: str = ""
 
     def __post_init__(self) -> None:
         _check_table(self.table, self.class_names, where=self.root or self.name)
+        _check_columns(self.table, self.task, where=self.root or self.name)
         object.__setattr__(self, "table", self.table.reset_index(drop=True))
 
     @property
-    def targets(self) -> tuple[Classes, ...]:
-        """What can be predicted; so far the classes alone."""
-        return (Classes(self.class_names),)
+    def task(self) -> Target:
+        """What is predicted."""
+        return make_target(self.kind, self.class_names, self.columns, self.loss)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is predicted, as a tuple of one."""
+        return (self.task,)
 
     @property
     def ids(self) -> npt.NDArray[np.object_]:
@@ -133,9 +153,9 @@ class ImageDataset:
         return np.array(self.table["id"].tolist(), dtype=object)
 
     @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """Labels, shape (n,), int64; -1 where unlabeled."""
-        return self.table["label"].to_numpy(dtype=np.int64)
+    def labels(self) -> npt.NDArray[Any]:
+        """Values of the target: int64 (n,), -1 unknown; findings int64 (n, L), -1; a number float64 (n,), NaN."""
+        return self.task.values(self.table)
 
     @property
     def groups(self) -> npt.NDArray[np.object_]:
@@ -186,12 +206,12 @@ class ImageDataset:
     def _facts(self) -> list[tuple[str, str]]:
         facts = []
         for split in SPLITS:
-            labels = self.table.loc[self.table["split"] == split, "label"].to_numpy(dtype=np.int64)
-            known = np.bincount(labels[labels >= 0], minlength=len(self.class_names))
-            counts = [f"{n:,} {name}" for n, name in zip(known.tolist(), self.class_names, strict=True)]
+            y = self.labels[(self.table["split"] == split).to_numpy()]
+            known = self.task.known(y)
+            counts = [f"{n:,} {name}" for n, name in zip(self.task.counts(y), self.class_names, strict=True)]
             parts = [first_few(counts, 12)] if known.any() else []
-            parts += [f"{(labels < 0).sum():,} unlabeled"] if (labels < 0).any() else []
-            facts += [(split, f"{len(labels):,} ({', '.join(parts)})")] if len(labels) else []
+            parts += [f"{(~known).sum():,} unlabeled"] if not known.all() else []
+            facts += [(split, f"{len(y):,} ({', '.join(parts)})")] if len(y) else []
         groups = f"{self.table['group'].nunique():,}" + ("" if self.grouped else ", as far as they are known")
         facts += [("groups", groups), ("metric", self.metric)]
         facts += [("synthetic", "drawn by a program")] if self.synthetic else []
@@ -200,8 +220,9 @@ class ImageDataset:
         return [*facts, ("root", str(self.root))]
 
     def _headline(self) -> str:
-        classes = len(self.class_names)
-        return f"{self.name!r}: {len(self):,} images, {classes:,} class{'' if classes == 1 else 'es'}"
+        count, task = len(self.class_names), self.task
+        what = f"{count:,} {task.noun if count == 1 else task.nouns}"
+        return f"{self.name!r}: {len(self):,} images, {what if self.kind != 'number' else self.class_names[0]}"
 
     def __repr__(self) -> str:
         lines = [f"  {name}: {value}" for name, value in self._facts()]
@@ -215,11 +236,13 @@ class ImageDataset:
 
         ``target``, ``renamed`` and ``whole``, which change after loading, are not in it.
         """
-        left_out = ("table", "class_names", "target", "renamed", "whole")
+        left_out = ("table", "class_names", "target", "renamed", "whole", "kind", "columns", "loss")
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
         meta |= {"subset_sizes": dict(self.subset_sizes), "ref": self.ref.to_json()}
-        meta["targets"] = [{"kind": t.kind, "column": t.column, "names": t.names} for t in self.targets]
+        more = {"columns": self.columns, "loss": self.loss}
+        named = {"kind": self.kind, "column": "label", "names": self.class_names}
+        meta["targets"] = [named | {key: value for key, value in more.items() if value}]
         try:
             table = pa.Table.from_pandas(self.table, preserve_index=False)
         except pa.ArrowException as error:
@@ -233,13 +256,14 @@ class ImageDataset:
         """The inverse of `to_parquet_bytes`; `DatasetError` for any other bytes."""
         try:
             table, meta = decode_snapshot(data)
-            (target,) = typed(list[Classes], meta.pop("targets"), "targets")
-            if target != Classes(target.names):
-                raise ValueError(f"a target of kind {target.kind!r:.40}")
+            (target,) = typed(list[_Declared], meta.pop("targets"), "targets")
+            if target.column != "label":
+                raise ValueError(f"a target in column {target.column!r:.40}")
+            of = {"kind": target.kind, "columns": target.columns, "loss": target.loss}
             if ":" in str(meta["metric"]):  # it would be imported
                 raise ValueError(f"a metric called {meta['metric']!r:.40}")
-            return cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta))
-        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+            return cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta), **of)
+        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, UsageError) as error:
             raise damaged("not a dataset snapshot", None, str(error).split("\n")[0]) from error
 
 
@@ -277,6 +301,34 @@ def _check_table(table: pd.DataFrame, class_names: Sequence[str], *, where: obje
         raise DatasetError(
             "unknown split", code="unknown-split", expected=", ".join(SPLITS), found=first_few(unknown), where=where
         )
+
+
+def with_loss(ds: ImageDataset, loss: str | None) -> ImageDataset:
+    """The dataset with the loss that trained heads minimize; None leaves it as it is."""
+    return ds if loss is None else replace(ds, loss=loss)
+
+
+def _check_columns(table: pd.DataFrame, task: Target, *, where: object) -> None:
+    """Refuse a table whose columns do not hold what the target says."""
+    if not task.columns:
+        return
+    if absent := [name for name in task.columns if name not in table.columns]:
+        raise DatasetError(
+            "the table lacks columns of the target", code="column-missing", expected=", ".join(task.columns),
+            found=f"no {', '.join(absent)}", where=where,
+        )  # fmt: skip
+    if len(task.columns) != len(task.names) or len(set(task.names)) < len(task.names):
+        raise DatasetError(
+            f"a target needs one column for each {task.noun}", code="class-names", expected=", ".join(task.names),
+            found=", ".join(task.columns), where=where,
+        )  # fmt: skip
+    y, number = task.values(table), task.kind == "number"
+    if np.isinf(y).any() if number else not np.isin(y, (-1, 0, 1)).all():
+        raise DatasetError(
+            "a column of the target holds other values", code="unknown-label",
+            expected="finite numbers, NaN where unknown" if number else "1 present, 0 absent, -1 unknown",
+            found=", ".join(task.columns), where=where,
+        )  # fmt: skip
 
 
 def load_dataset(
@@ -359,7 +411,7 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
         names = named_columns(cached.ref) | named_columns(ref)
         columns = {f"{role}_column": column for role, column in names.items()}
         merge = tuple(dict.fromkeys(cached.ref.merge_class + ref.merge_class))
-        ref = DatasetRef.make(ref, {**columns, "merge_class": merge})
+        ref = DatasetRef.make(ref, {**columns, "merge_class": merge, "target": ref.target or cached.ref.target})
     elif words := cached.ref.words():
         notes = [f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"]
     # Extraction without the missing images was a decision to go on without them.

@@ -403,34 +403,37 @@ def water_fill(counts: ArrayLike, n: int) -> IntArray:
 def stratified_group_folds(
     labels: ArrayLike, groups: Sequence[str], n_folds: int, seed: int, purpose: str = "folds"
 ) -> IntArray:
-    """Assign every row to one of ``n_folds`` folds: classes spread evenly, no group divided.
+    """Assign every row to one of ``n_folds`` folds: classes, or findings, spread evenly, no group divided.
 
     Groups of several rows are placed first, the ones that weigh most in their classes before the others, each into the
     fold that lacks most of its classes, else has the least of them; single rows then level the folds class by class.
-    Among equals the order is by hash of seed and group.
+    Among equals the order is by hash of seed and group. With membership 0/1 of several strata per row (iterative
+    stratification), single rows are placed as groups are.
 
-    Shapes: labels (n,); returns (n,).
+    Shapes: labels (n,) or membership (n, S); returns (n,).
     """
     if n_folds < 2:
         raise ValueError(f"at least two folds are needed, not {n_folds}")
-    y = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1)
+    given = np.asarray(labels)
+    several = given.ndim == 2
+    y = given if several else np.unique(given, return_inverse=True)[1].reshape(-1)
     names, group = np.unique(np.array([str(g) for g in groups], dtype=object), return_inverse=True)
     group = group.reshape(-1)
     if len(y) != len(group):
         raise ValueError(f"{len(y)} labels but {len(group)} groups")
     if not len(y):
         return np.empty(0, dtype=np.int64)
-    n_classes = int(y.max()) + 1
+    n_classes = y.shape[1] if several else int(y.max()) + 1
     per_group = np.zeros((len(names), n_classes), dtype=np.int64)  # rows of each class in each group
-    np.add.at(per_group, (group, y), 1)
-    size = per_group.sum(1)
+    np.add.at(per_group, group if several else (group, y), y if several else 1)
+    size = np.bincount(group)
     # 2**52 is "all of a class, squared": fractions of a class as integers, so that no rounding differs between machines
-    weight = 2**52 // per_group.sum(0) ** 2
+    weight = 2**52 // np.maximum(per_group.sum(0), 1) ** 2
     order = hash_order(seed, purpose, names.tolist())
 
     load = np.zeros((n_folds, n_classes), dtype=np.int64)  # rows of each class in each fold so far
     fold_of = np.empty(len(names), dtype=np.int64)
-    large = order[size[order] > 1]
+    large = order if several else order[size[order] > 1]
     for g in large[np.argsort(-(per_group[large] ** 2 * weight).sum(1), kind="stable")]:
         rows = per_group[g]
         lacking = ((load == 0) & (rows > 0)).sum(1)
@@ -438,7 +441,7 @@ def stratified_group_folds(
         fold = int(np.lexsort((load.sum(1), crowding, -lacking))[0])
         fold_of[g] = fold
         load[fold] += rows
-    single = order[size[order] == 1]
+    single = order[:0] if several else order[size[order] == 1]
     class_of = per_group[single].argmax(1)
     for c in range(n_classes):
         members = single[class_of == c]
@@ -446,6 +449,33 @@ def stratified_group_folds(
         fold_of[members] = np.repeat(np.arange(n_folds), share)
         load[:, c] += share
     return fold_of[group]
+
+
+def spread_order(membership: IntArray, n: int, order: IntArray) -> IntArray:
+    """The first ``n`` of some rows, in an order in which every prefix has strata as equal as it can be.
+
+    Each next row is of the stratum that has the fewest so far, of equals the one with the fewest rows left, and among
+    its rows the first by ``order``: iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011) towards equal
+    counts. Rows of no stratum come last.
+
+    Shapes: membership (m, S) of 0 and 1; order (m,), all rows; returns (n,).
+    """
+    queues = [order[membership[order, s] > 0] for s in range(membership.shape[1])]
+    at, left = [0] * len(queues), np.array([len(queue) for queue in queues])
+    have, taken = np.zeros(len(queues), dtype=np.int64), np.zeros(len(order), dtype=bool)
+    chosen = list[int]()
+    while len(chosen) < n and left.any():
+        open_ = np.flatnonzero(left)
+        s = int(open_[np.lexsort((left[open_], have[open_]))[0]])
+        while taken[queues[s][at[s]]]:
+            at[s] += 1
+        row = int(queues[s][at[s]])
+        taken[row] = True
+        chosen.append(row)
+        have += membership[row]
+        left -= membership[row]
+    rest = [row for row in order.tolist() if not taken[row]] if len(chosen) < n else []
+    return np.array([*chosen, *rest][:n], dtype=np.int64)
 
 
 def _level(heights: IntArray, n: int, tie: IntArray) -> IntArray:

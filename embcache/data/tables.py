@@ -349,6 +349,7 @@ def find_columns(
         flags = " ".join(f"--{role}-column NAME" for role in absent) + ", with NAME one of its columns"
         expected = [*required, "or columns with usual names such as filename and diagnosis"]
         fix = flags if len(header) > 1 else "name the columns in the first line"
+        fix += ", or --target COLUMN[,COLUMN…] with what is predicted" if absent == ["label"] else ""
         raise _lacking(where, absent, expected, table, fix)
     guessed = [f"{role} is {name!r}" for role, name in found.items() if name != role and role not in named]
     note = f"columns of {where.name} by their names: {', '.join(guessed)}; --path-column and the like name others"

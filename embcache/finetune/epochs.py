@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -55,6 +54,7 @@ from embcache.probe.stack import Job, stream_generator
 from embcache.sealed import file_checksum, read_sealed, seal, typed
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.lease import Lease
+from embcache.targets import Target, as_target
 
 Pixels = NDArray[np.uint8]
 
@@ -346,13 +346,14 @@ class Trainer:
 
     model: ImageModel
     frames: Frames  # of all images that train, validate or test
-    y: NDArray[np.int64]  # (n,); labels of the frames; −1 where unlabeled
+    y: NDArray[Any]  # values of the frames (n,), or (n, L) of findings
     augment: Augmentation  # of training images; its ``size`` is that of the network
     schedule: Schedule
     metric: str | Metric  # scores the validation images
     accumulate: int = 1  # parts in which a batch passes through the network; one step follows all of them
     pool: ThreadPoolExecutor | None = None  # augments images
     on_images: Callable[[int], object] = field(default=lambda count: None)
+    target: Target | None = None  # by default classes
 
     def epochs(self, job: Job, state: FoldState, resume: Tensors | None) -> Iterator[tuple[FoldState, State, State]]:
         """Train until the schedule ends or a loss or an output is not finite.
@@ -376,7 +377,7 @@ class Trainer:
             if logits is None or not np.isfinite(logits).all():
                 yield replace(state, diverged=True), {}, {}
                 return
-            value = scorer(self.metric, self.y[job.val.numpy()], logits.shape[1])(logits)
+            value = scorer(self.metric, self.y[job.val.numpy()], self.target or logits.shape[1])(logits)
             better = tracker.update(value)
             state = replace(
                 state, losses=(*state.losses, loss), val_scores=(*state.val_scores, value), lrs=(*state.lrs, lr),
@@ -397,7 +398,7 @@ class Trainer:
 
     def _train(self, job: Job, optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler, epoch: int) -> float:
         """One epoch; its mean loss per image, or the loss that was not finite."""
-        model = self.model
+        model, target = self.model, self.target or as_target(2)
         steps = epoch_batches(job, epoch, self.schedule.batch_size)
         plan, drawn = [], 0
         for rows in steps:
@@ -420,9 +421,10 @@ class Trainer:
                 loss = 0.0
                 for part in _join_single(_split(range(len(rows)), self._part)):
                     chosen = slice(part[0], part[-1] + 1)
-                    logits = model.logits(pixels[chosen], {name: mask[chosen] for name, mask in masks.items()} or None)
+                    out = model.outputs(pixels[chosen], {name: mask[chosen] for name, mask in masks.items()} or None)
+                    given = {name: value[None] for name, value in model.params.items()}
                     # Divided by the whole batch, so that the gradients of the parts add up to that of the batch.
-                    each = F.cross_entropy(logits, y[chosen], reduction="sum") / len(rows)
+                    each = target.row_losses(out[None], y[chosen][None], given).sum() / len(rows)
                     torch.autograd.backward(scaler.scale(each))
                     loss += float(each.detach())
                 if not math.isfinite(loss):

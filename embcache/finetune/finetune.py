@@ -237,7 +237,7 @@ class FinetuneRun:
         splits = self.plan.splits
         row_of = {name: row for row, name in enumerate(self.frames.ids)}
         self._place = np.array([row_of.get(name, -1) for name in splits.ids], dtype=np.int64)
-        self._y = np.full(len(self.frames.ids), -1, dtype=np.int64)
+        self._y = splits.task.blank(len(self.frames.ids))
         known = self._place >= 0
         self._y[self._place[known]] = splits.labels[known]
         self._settled = self._done = 0
@@ -253,8 +253,9 @@ class FinetuneRun:
             if not progress.fold(fold).finished:
                 job = self._job(fold)
                 dims = {spec.name: spec.dim for spec in networks.specs}
-                classes = len(self.plan.splits.class_names)
-                params = networks.head.init(stream_generator(job.stream, "init"), dims, classes)
+                target = self.plan.splits.task
+                params = networks.head.init(stream_generator(job.stream, "init"), dims, target.width) | target.init()
+                params |= target.constants(self._y[job.train.numpy()])
                 if trainer is None:
                     trainer = self._trainer(params)
                     initial = {name: value.cpu().clone() for name, value in trainer.model.state().items()}
@@ -273,14 +274,14 @@ class FinetuneRun:
         model = assemble(of.modules, of.transforms, of.head, params, of.device, of.config.precision)
         return Trainer(
             model, self.frames, self._y, of.augment, of.schedule, of.metric, of.config.accumulate, self.pool,
-            self._count,
+            self._count, self.plan.splits.task,
         )  # fmt: skip
 
     def _job(self, fold: int) -> Job:
         """The job of a fold: the same stream, and so the same initial head, as in probing."""
         networks, (train, val) = self.plan.networks, (self._place[rows] for rows in self.plan.cell.parts(fold))
-        stream, classes = f"{networks.config.seed}\0{fold}", len(self.plan.splits.class_names)
-        return make_job(self._y, train, val, classes, stream, networks.schedule.lr)
+        stream = f"{networks.config.seed}\0{fold}"
+        return make_job(self._y, train, val, self.plan.splits.task, stream, networks.schedule.lr)
 
     def _fold(self, trainer: Trainer, job: Job, fold: int, state: FoldState) -> Iterator[FoldState]:
         """The state after each epoch, and last that of the tested fold; its tensors are saved."""
@@ -333,7 +334,7 @@ def _save(run: FinetuneRun, done: Progress, source: str, home: PathLike | None) 
     """Make and write the result: models move there from the checkpoints, heads are kept separately too."""
     plan, networks, folder = run.plan, run.plan.networks, run.folder
     cell = replace(plan.cell, source=source)
-    blank = np.full((len(plan.splits.test), len(networks.dataset.class_names)), np.nan)
+    blank = np.full((len(plan.splits.test), plan.splits.task.outputs), np.nan)
     outcomes: list[Outcome] = []
     for fold, state in enumerate(done.folds):
         tensors = folder.load(state.files["test"]) if "test" in state.files else {}

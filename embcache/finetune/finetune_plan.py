@@ -18,8 +18,8 @@ from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Augmentation, Transform, augmentation, choose_transform, frame
 from embcache.config import FinetuneConfig
 from embcache.data.budget import Decoding, check_max_pixels
-from embcache.data.classes import class_flags
-from embcache.data.dataset import ImageDataset
+from embcache.data.classes import class_flags, target_flags
+from embcache.data.dataset import ImageDataset, with_loss
 from embcache.errors import UsageError, check_number
 from embcache.extract.recipes import make_recipe
 from embcache.extract.scan import DatasetFiles, scan_dataset
@@ -27,7 +27,7 @@ from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.fields import bare_name, parse_weights
 from embcache.finetune.model import check_head, has_batch_norm
 from embcache.paths import PathLike
-from embcache.probe.heads import find_head, identify, name_of
+from embcache.probe.heads import check_fits, find_head, identify, name_of
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
 from embcache.probe.metrics import Metric, asymmetry, check_order, find_metric, positive_class
 from embcache.probe.protocol import Splits, name_everything, subset_sizes
@@ -36,6 +36,7 @@ from embcache.probe.stack import TrainedHead
 from embcache.probe.summary import RunCell, request_notes
 from embcache.runs.folders import PROTOCOL_VERSION
 from embcache.store.schema import Recipe
+from embcache.targets import declared
 
 ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
 
@@ -95,7 +96,7 @@ class FinetunePlan:
         words += ["--data-root", str(dataset.origin)] if dataset.origin is not None else []
         words += ["--name", dataset.name] if dataset.name != dataset.layout else []
         words += ["--allow-missing"] if dataset.missing else []
-        words += [*dataset.read_options(), *class_flags(dataset.renamed)]
+        words += [*dataset.read_options(), *target_flags(dataset), *class_flags(dataset.renamed)]
         words += ["--subset", self.cell.subset, *replace(config, resume=True, again=False).words()]
         return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
 
@@ -137,8 +138,10 @@ def load_networks(
             found=f"a batch of {schedule.batch_size} in {config.accumulate} parts",
             fix=f"--batch-size {2 * config.accumulate}, or a smaller --accumulate",
         )  # fmt: skip
-    metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
-    check_order(metric, dataset.class_names)
+    dataset = with_loss(dataset, config.loss)
+    metric = find_metric(config.metric or dataset.metric, dataset.task)
+    check_order(metric, dataset.task)
+    check_fits(head, dataset.task)
     return Networks(
         dataset=dataset, config=config, given=tuple(backbones), specs=specs, head=head,
         metric=metric.of(positive_class(dataset.class_names, config.positive)), schedule=schedule, files=files,
@@ -164,10 +167,13 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
         "schedule": networks.schedule.changed(), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
         "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
+        **({"task": task} if (task := declared(dataset.task)) else {}),
+        **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
     }  # fmt: skip
     # Options that are settled above (splits of a file have their own number of folds) are not repeated.
-    more = {key: value for key, value in config.result_options().items() if key not in request}
+    settled = replace(config, loss=None)  # that of the target, which is in the request
+    more = {key: value for key, value in settled.result_options().items() if key not in request}
     cell = RunCell(
         dataset=dataset, splits=(drawn,), subset=name, backbones=networks.names, head=networks.head,
         request=request | more, recipes={name: recipe.to_json() for name, recipe in networks.recipes.items()},

@@ -22,10 +22,11 @@ from embcache.extract.worker import arithmetic, pick_device
 from embcache.paths import PathLike
 from embcache.probe.heads import check_backbones, find_head, heads, make_head
 from embcache.probe.layers import Tensors
-from embcache.probe.metrics import softmax
 from embcache.probe.stack import Head, TrainedHead
 from embcache.runs.folders import Result, find_run_anywhere, run_file
 from embcache.store.schema import Recipe
+from embcache.targets import Target
+from embcache.targets.target import CONSTANTS, finish
 
 State = dict[str, Tensor]
 
@@ -43,6 +44,10 @@ class ImageModel:
 
     def logits(self, pixels: Tensor, masks: Tensors | None = None) -> Tensor:
         """Logits, float32 (B, C), of a uint8 batch (B, H, W, 3); ``masks`` (B, width) are the head's dropout."""
+        return finish({n: p[None] for n, p in self.params.items()}, self.outputs(pixels, masks)[None])[0]
+
+    def outputs(self, pixels: Tensor, masks: Tensors | None = None) -> Tensor:
+        """What the head puts out, float32 (B, width): what `logits` finishes, and what a target's loss is of."""
         seen: dict[tuple[object, ...], Tensor] = {}
         features: State = {}
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -71,7 +76,7 @@ class ImageModel:
         """Every trained tensor by its name, in a fixed order; all parameters of backbones and head."""
         modules = self.backbones.items()
         named = {f"backbone.{name}.{k}": value for name, module in modules for k, value in module.named_parameters()}
-        return named | {f"head.{key}": value for key, value in self.params.items()}
+        return named | {f"head.{key}": value for key, value in self.params.items() if value.requires_grad}
 
     def state(self) -> State:
         """All that a prediction depends on, by name: `trainable` and the buffers (running means …). Not copies."""
@@ -108,7 +113,9 @@ def assemble(
         # Channels last is faster for convolutions on CPUs and what tensor cores want, as in extraction.
         module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         placed[name] = module.requires_grad_(True)
-    leaves = {name: value.detach().clone().to(device).requires_grad_(True) for name, value in params.items()}
+    leaves = {
+        name: value.detach().clone().to(device).requires_grad_(name not in CONSTANTS) for name, value in params.items()
+    }
     return ImageModel(placed, transforms, head, leaves, device, precision)
 
 
@@ -125,11 +132,16 @@ class FinetunedModel:
 
     model: ImageModel
     transform: Transform  # what images must have passed through; ``predict`` normalizes them itself
-    class_names: tuple[str, ...]
+    task: Target
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Its classes, findings or number."""
+        return self.task.names
 
     def predict(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Class probabilities, float64 (B, C), of a uint8 batch (B, *transform.size, 3)."""
-        return softmax(self.logits(pixels))
+        """Probabilities, or numbers, float64 (B, C), of a uint8 batch (B, *transform.size, 3)."""
+        return self.task.predicted(self.logits(pixels))
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits, float32 (B, C), of a uint8 batch (B, *transform.size, 3)."""
@@ -224,7 +236,7 @@ def load_fold(
     fix = "pip install the versions that `embcache results --json` says"
     model.load(tensors, where=run / model_file(fold), fix=fix)
     model.train(False)
-    return FinetunedModel(model, transform, tuple(result.class_names))
+    return FinetunedModel(model, transform, result.task)
 
 
 def model_file(fold: int) -> str:

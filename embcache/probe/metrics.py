@@ -1,7 +1,8 @@
-"""Metrics of predicted classes: one row of `METRICS` each, in a weighted form that resampling and training share.
+"""Metrics: one row of `METRICS` each, in a weighted form that resampling and training share.
 
 Every metric reads logits, never saturated probabilities: classes are ranked by their log odds, which softmax would
-round to ties. Pairs and cells are counted in whole numbers, so that models that rank alike have equal scores.
+round to ties. Pairs and cells are counted in whole numbers, so that models that rank alike have equal scores. Of
+findings, metrics of two classes are the mean over findings, each on the images of which it is known.
 scikit-learn is not called: its import takes longer than most probes train, and its input checks longer than an epoch.
 """
 
@@ -19,14 +20,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import ProtocolError, UsageError
 from embcache.registry import Registry
+from embcache.targets import Target, as_target
+from embcache.targets.labels import log_odds as log_odds
+from embcache.targets.labels import log_probabilities as log_probabilities
+from embcache.targets.labels import mean_logits as mean_logits
+from embcache.targets.labels import softmax as softmax
+from embcache.targets.target import BoolArray as BoolArray
+from embcache.targets.target import FloatArray as FloatArray
+from embcache.targets.target import IntArray as IntArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 # From row weights of shape (B, n) to B values; nan where they are not defined.
 Weighted = Callable[[FloatArray], FloatArray]
-# From labels (n,), logits (n, C) and the positive class to the weighted form.
-Form = Callable[[IntArray, FloatArray, int], Weighted]
+# From values (n,) or (n, L), logits (n, C) and the positive class to the weighted form.
+Form = Callable[[NDArray[Any], FloatArray, int], Weighted]
 # From the same to numerator and denominator of each row, boolean (n,).
 Ratio = Callable[[IntArray, FloatArray, int], tuple[BoolArray, BoolArray]]
 
@@ -49,6 +55,7 @@ class Metric:
     asymmetric: bool = False  # with two classes its value depends on which of them is positive
     binary: bool = False  # for two classes only
     ordered: bool = False  # distances between classes count, so that their order must be known
+    fits: tuple[str, ...] = ("classes", "ordinal")  # kinds of targets
     ratio: Ratio | None = None  # of a proportion
 
     def of(self, positive: int) -> Metric:
@@ -62,50 +69,16 @@ def has_order(class_names: Sequence[str]) -> bool:
     return len(class_names) == 2 or numbers or list(class_names) != sorted(class_names)
 
 
-def check_order(metric: Metric, class_names: Sequence[str]) -> None:
+def check_order(metric: Metric, of: Target | Sequence[str]) -> None:
     """Refuse a metric of grades for classes whose order is that of the alphabet."""
-    if metric.ordered and not has_order(class_names):
+    class_names = of.names if isinstance(of, Target) else of
+    stated = isinstance(of, Target) and of.kind != "classes"
+    if metric.ordered and not stated and not has_order(class_names):
         raise ProtocolError(
             f"{metric.title} weighs errors by their distance, and the order of these classes is not known",
             code="metric-needs-order", found=", ".join(class_names), expected="grades as whole numbers: 0, 1, 2, …",
-            fix="number the grades in the table, or --metric balanced_accuracy",
+            fix="number the grades in the table, --task ordinal if their order is meant, or --metric balanced_accuracy",
         )  # fmt: skip
-
-
-def softmax(logits: ArrayLike) -> FloatArray:
-    """Class probabilities in float64, of logits of shape (..., C)."""
-    z = np.asarray(logits, dtype=np.float64)
-    e = np.exp(z - z.max(axis=-1, keepdims=True))
-    return np.asarray(e / e.sum(axis=-1, keepdims=True))
-
-
-def log_odds(logits: ArrayLike) -> FloatArray:
-    """log(p / (1 − p)) of each class, of logits of shape (..., C): ranks as p does, without its ties near 0 and 1."""
-    z = np.asarray(logits, dtype=np.float64)
-    if z.shape[-1] == 2:
-        difference = z[..., 1] - z[..., 0]
-        return np.stack([-difference, difference], axis=-1)
-    # In ascending order, so that images whose other logits are the same in another order tie.
-    order, columns = np.argsort(z, axis=-1), []
-    ranked = np.take_along_axis(z, order, -1)
-    for c in range(z.shape[-1]):
-        others = np.delete(ranked, c, axis=-1)
-        top = others[..., -1:]
-        columns.append(ranked[..., c] - top[..., 0] - np.log(np.exp(others - top).sum(axis=-1)))
-    return np.take_along_axis(np.stack(columns, axis=-1), np.argsort(order, axis=-1), -1)
-
-
-def log_probabilities(logits: ArrayLike) -> FloatArray:
-    """Log p of each class, of logits of shape (..., C): exact near p = 1 too, so that it can be used as logits."""
-    return np.asarray(-np.logaddexp(0.0, -log_odds(logits)))
-
-
-def mean_logits(logits: ArrayLike, axis: int = 0) -> FloatArray:
-    """Logits of the mean of probabilities over an axis, by log-mean-exp: what an ensemble predicts."""
-    log_p = log_probabilities(logits)
-    top = log_p.max(axis=axis, keepdims=True)
-    mean = np.log(np.exp(log_p - top).mean(axis=axis, keepdims=True)) + top
-    return np.asarray(mean.squeeze(axis))
 
 
 def positive_class(class_names: Sequence[str], name: str | None = None) -> int:
@@ -134,22 +107,23 @@ def asymmetry(metric: Metric, class_names: Sequence[str], positive: str | None) 
     return {"positive": class_names[positive_class(class_names, positive)]}
 
 
-def find_metric(name: str | Metric, n_classes: int) -> Metric:
-    """The metric of a name, for so many classes: ``auc`` of more than two is ``macro_auc``, and the reverse.
+def find_metric(name: str | Metric, of: int | Target) -> Metric:
+    """The metric of a name, for a target or so many classes: ``auc`` of two classes is else ``macro_auc``.
 
     In addition to registered names, ``sensitivity_at_95_specificity`` and its reverse take any number of percent, and
     ``module:name`` is imported and registered under its key; no name that a file gives has a colon.
     """
+    target = as_target(of)
     if isinstance(name, Metric):
-        return name
+        return _fitting(name, target)
     key = name.strip().lower().replace("-", "_").replace(" ", "_")
-    if key in ("auc", "macro_auc"):
-        key = "auc" if n_classes == 2 else "macro_auc"
+    if key in ("auc", "macro_auc") and target.kind != "number":
+        key = "auc" if target.outputs == 2 and target.kind != "findings" else "macro_auc"
     at = re.fullmatch(r"(sensitivity|specificity)_at_(\d{1,2}(?:\.\d+)?)_(sensitivity|specificity)", key)
-    if key in METRICS:
-        metric = METRICS[key]
-        if key == "brier" and n_classes == 2:  # of one probability; of more classes it is a sum
-            metric = replace(metric, high=1.0)
+    if key in _BUILTIN:
+        metric = _BUILTIN[key]
+        if key == "brier" and (target.outputs == 2 or target.kind == "findings"):
+            metric = replace(metric, high=1.0)  # of one probability; of more classes it is a sum
     elif at and at[1] != at[3]:
         metric = _at(at[1], float(at[2]))
     elif name in metrics or ":" in name:
@@ -167,22 +141,56 @@ def find_metric(name: str | Metric, n_classes: int) -> Metric:
             f"there is no such metric: {name}", code="unknown-metric", expected=", ".join(metrics), where="--metric",
             fix=f"--metric {near[0]}" if near else None,
         )  # fmt: skip
-    if metric.binary and n_classes != 2:
+    return _fitting(metric, target)
+
+
+def _fitting(metric: Metric, target: Target) -> Metric:
+    """The metric in the form that a target needs; `ProtocolError` where it does not fit it."""
+    if target.kind not in metric.fits:
+        what = f"a target of kind {target.kind} ({', '.join(target.names[:3])})"
         raise ProtocolError(
-            f"the metric {metric.key} is for two classes", code="metric-for-two-classes", found=f"{n_classes} classes",
+            f"the metric {metric.key} does not fit {what}", code="metric-does-not-fit",
+            expected=", ".join(key for key, known in _BUILTIN.items() if target.kind in known.fits),
+            fix=f"--metric {target.metric}",
+        )  # fmt: skip
+    if metric.binary and target.kind != "findings" and target.outputs != 2:
+        raise ProtocolError(
+            f"the metric {metric.key} is for two classes", code="metric-for-two-classes",
+            found=f"{target.outputs} classes",
             fix="--metric " + ("balanced_accuracy" if metric.key != "auc" else "macro_auc"),
         )  # fmt: skip
-    return metric
+    if target.kind != "findings" or metric.fits == ("findings",):
+        return metric
+    return replace(
+        metric, form=_over_findings(metric.form), fits=("findings",), ratio=None, asymmetric=False, binary=False,
+        per_class=True, interval="auc" if metric.interval == "auc" else "bootstrap",
+    )  # fmt: skip
 
 
-def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> float:
-    """One number for labels (n,) and logits (n, C)."""
+def _over_findings(form: Form) -> Form:
+    """The mean over findings of a metric of two classes, of those that have images with and without it."""
+
+    def over(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+        parts = []
+        for value, odds in zip(y.T, z.T, strict=True):
+            known = np.flatnonzero(value >= 0)
+            if len(np.unique(value[known])) == 2:
+                two = np.stack([np.zeros(len(known)), odds[known]], axis=1)
+                parts.append((known, form(value[known], two, 1)))
+        return lambda w: _mean_of_known(np.stack([part(w[:, known]) for known, part in parts]), 0)
+
+    return over
+
+
+def score(metric: str | Metric, y: ArrayLike, logits: ArrayLike, positive: int = 1, of: Target | None = None) -> float:
+    """One number for values (n,) or (n, L) and logits (n, C); without a target, of C classes."""
     z = np.asarray(logits, dtype=np.float64)
     if not np.isfinite(z).all():
         found = f"{int((~np.isfinite(z)).any(-1).sum()):,} rows without"
         raise ProtocolError("a score needs predictions that are numbers", code="predictions-not-finite", found=found)
-    labels = _two_classes(y)
-    return float(find_metric(metric, z.shape[1]).form(labels, z, positive)(np.ones((1, len(labels))))[0])
+    target = of or as_target(z.shape[1])
+    values = _scorable(y, target)
+    return float(find_metric(metric, target).form(values, z, positive)(np.ones((1, len(values))))[0])
 
 
 def known(value: float | None) -> float | None:
@@ -190,56 +198,78 @@ def known(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def scorer(metric: str | Metric, y: ArrayLike, n_classes: int) -> Callable[[ArrayLike], float]:
-    """`score` on one set of labels, as a function of finite logits (n, C), higher is better: what training calls.
+def scorer(metric: str | Metric, y: ArrayLike, of: int | Target) -> Callable[[ArrayLike], float]:
+    """`score` on one set of values, as a function of finite logits (n, C), higher is better: what training calls.
 
     Losses are negated, and a score that is not defined counts as the worst there is.
     """
-    labels, found = _two_classes(y), find_metric(metric, n_classes)
-    once = np.ones((1, len(labels)))
+    target = as_target(of)
+    values, found = _scorable(y, target), find_metric(metric, target)
+    once = np.ones((1, len(values)))
     sign, worst = (-1.0, found.high) if found.loss else (1.0, found.low)
 
     def value(z: ArrayLike) -> float:
-        defined = known(found.form(labels, np.asarray(z, dtype=np.float64), 1)(once)[0])
+        defined = known(found.form(values, np.asarray(z, dtype=np.float64), 1)(once)[0])
         return sign * (worst if defined is None else defined)
 
     return value
 
 
-def _two_classes(y: ArrayLike) -> IntArray:
-    labels = np.asarray(y, dtype=np.int64)
-    if (present := len(np.unique(labels))) < 2:
-        found = f"{len(labels)} images of {present} class"
-        raise ProtocolError("a score needs images of two classes", code="one-class", found=found)
-    return labels
+def _scorable(y: ArrayLike, target: Target) -> NDArray[Any]:
+    values = np.asarray(y) if target.kind == "number" else np.asarray(y, dtype=np.int64)
+    if len(target.absent(values)) == len(target.names) or (values.ndim == 1 and len(np.unique(values)) < 2):
+        found = f"{len(values)} images of {len(np.unique(values))} {target.noun}"
+        raise ProtocolError(
+            f"a score needs images of two {target.nouns}", code="one-class",
+            found=found if values.ndim == 1 else f"{len(values)} images, none of them with and without a finding",
+        )  # fmt: skip
+    return values
 
 
 def per_class_auc(y: ArrayLike, logits: ArrayLike) -> list[float | None]:
-    """One-vs-rest AUC of each class; None for a class that does not occur in ``y``, as for `score`."""
-    labels, odds = np.asarray(y), log_odds(logits)
-    once = np.ones((1, len(labels)))
+    """One-vs-rest AUC of each class, or of each finding; None for one that does not occur in ``y``, as for `score`."""
+    return _of_each(_auc, y, logits)
+
+
+def _of_each(of_side: Callable[[BoolArray, FloatArray], Weighted], y: ArrayLike, logits: ArrayLike) -> list[Any]:
     return [
-        float(_auc(labels == c, odds[:, c])(once)[0]) if 0 < (labels == c).sum() < len(labels) else None
-        for c in range(odds.shape[1])
+        float(of_side(positive, scores)(np.ones((1, len(positive))))[0]) if 0 < positive.sum() < len(positive) else None
+        for positive, scores in sides_of(np.asarray(y), np.asarray(logits, dtype=np.float64))
     ]
 
 
-def evaluate(metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1) -> dict[str, Any]:
+def sides_of(y: NDArray[Any], logits: FloatArray) -> list[tuple[BoolArray, FloatArray]]:
+    """Of each class against the rest, or each finding on the images of which it is known: positives, and scores."""
+    if y.ndim == 2:
+        return [(value[value >= 0] == 1, z[value >= 0]) for value, z in zip(y.T, logits.T, strict=True)]
+    odds = log_odds(logits)
+    return [(y == c, odds[:, c]) for c in range(odds.shape[1])]
+
+
+def evaluate(
+    metric: str, y: ArrayLike, logits: ArrayLike, positive: int = 1, of: Target | None = None
+) -> dict[str, Any]:
     """All that is reported of one model's predictions; parameters as of `score`."""
-    labels, z = np.asarray(y, dtype=np.int64), np.asarray(logits, dtype=np.float64)
-    n_classes = z.shape[1]
-    fitting = [m for m in METRICS.values() if not (m.binary and n_classes != 2)]
-    values = {m.key: score(m.key, labels, z, positive) for m in fitting}
-    values["auc"] = values["macro_auc"]
-    if n_classes == 2:
-        del values["macro_auc"]
-    return {
-        "score": known(score(metric, labels, z, positive)),
-        **{key: known(value) for key, value in values.items()},
-        "per_class_auc": per_class_auc(labels, z),
-        "absent_classes": [c for c in range(n_classes) if c not in labels],
-        "predicted": np.bincount(z.argmax(1), minlength=n_classes).tolist(),
-    }
+    z = np.asarray(logits, dtype=np.float64)
+    target = of or as_target(z.shape[1])
+    values = _scorable(y, target)
+    fitting = [m for m in _BUILTIN.values() if target.kind in m.fits and not (m.binary and _of_more(target))]
+    fitting = [m for m in fitting if m.key != "mae" or target.kind != "classes"]
+    found = {m.key: known(score(m.key, values, z, positive, target)) for m in fitting}
+    found = {"score": known(score(metric, values, z, positive, target)), **found}
+    if target.kind == "number":
+        return found
+    found["auc"] = found["macro_auc"]
+    more: dict[str, Any] = {"per_class_auc": per_class_auc(values, z), "absent_classes": target.absent(values)}
+    if target.kind == "findings":
+        return found | more | {"per_class_auprc": _of_each(_average_precision, values, z)}
+    if target.outputs == 2:
+        del found["macro_auc"]
+    return found | more | {"predicted": np.bincount(z.argmax(1), minlength=target.outputs).tolist()}
+
+
+def _of_more(target: Target) -> bool:
+    return target.kind != "findings" and target.outputs != 2
 
 
 def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:
@@ -344,6 +374,7 @@ def _at(what: str, percent: float) -> Metric:
     return Metric(
         f"{what}_at_{percent:g}_{other}", f"{what} at {percent:g} % {other}",
         _one_vs_rest(lambda positive, scores: _curve(positive, scores, read)), per_class=True, asymmetric=True,
+        fits=_ANY,
     )  # fmt: skip
 
 
@@ -414,7 +445,80 @@ def _log_loss(y: IntArray, z: FloatArray, positive: int) -> FloatArray:
     return np.asarray(-log_probabilities(z)[np.arange(len(y)), y])
 
 
-def _proportion(key: str, title: str, ratio: Ratio, **traits: bool) -> Metric:
+def _micro(of_side: Callable[[BoolArray, FloatArray], Weighted]) -> Form:
+    """Of all known values of all findings as one set."""
+
+    def form(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+        rows, columns = np.nonzero(y >= 0)
+        part = of_side(y[rows, columns] == 1, z[rows, columns])
+        return lambda w: part(w[:, rows])
+
+    return form
+
+
+# Of numbers.
+
+
+def _mae(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+    """Mean absolute error: of numbers, or of the most probable grade in grades."""
+    distance = np.abs(y - (z[:, 0] if z.shape[1] == 1 else z.argmax(1)))
+    return lambda w: _ratio(w @ distance, w.sum(1))
+
+
+def _rmse(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+    squared = (y - z[:, 0]) ** 2
+    return lambda w: np.sqrt(_ratio(w @ squared, w.sum(1)))
+
+
+def _r2(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+    """1 − Σ (y − ŷ)² / Σ (y − ȳ)²."""
+    squared, middle = (y - z[:, 0]) ** 2, y - y.mean()  # about the mean, so that large numbers keep their digits
+
+    def value(w: FloatArray) -> FloatArray:
+        total = w.sum(1)
+        spread = w @ middle**2 - (w @ middle) ** 2 / np.maximum(total, 1e-300)
+        return 1 - _ratio(w @ squared, np.where(spread > 1e-12 * (w @ middle**2), spread, 0.0))
+
+    return value
+
+
+def _correlation(w: FloatArray, a: FloatArray, b: FloatArray) -> FloatArray:
+    """Weighted Pearson correlation of values (n,) or (B, n); nan where either does not vary."""
+    total = w.sum(1, keepdims=True)
+    a, b = (x - (w * x).sum(1, keepdims=True) / np.maximum(total, 1e-300) for x in (a, b))
+    squares = [(w * x * x).sum(1) for x in (a, b)]
+    least = [1e-24 * np.maximum(1.0, (w * x**2).max(1)) for x in (a, b)]
+    there = (squares[0] > least[0]) & (squares[1] > least[1])
+    return _ratio((w * a * b).sum(1), np.where(there, np.sqrt(squares[0] * squares[1]), 0.0)).clip(-1, 1)
+
+
+def _pearson(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+    a, b = (x - x.mean() for x in (y, z[:, 0]))
+    return lambda w: _correlation(w, a / (np.abs(a).max() or 1.0), b / (np.abs(b).max() or 1.0))
+
+
+def _spearman(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
+    """Pearson's of ranks, in each resample anew; ties have their mean rank."""
+    orders = []
+    for x in (y, z[:, 0]):
+        order = np.argsort(x, kind="stable")
+        starts = np.flatnonzero(np.diff(x[order], prepend=-np.inf))
+        orders.append((order, starts, np.cumsum(np.diff(x[order], prepend=-np.inf) > 0) - 1))
+
+    def value(w: FloatArray) -> FloatArray:
+        ranks = []
+        for order, starts, run in orders:
+            tied = _run_sums(w[:, order], starts)
+            middle = np.cumsum(tied, axis=1) - (tied - 1) / 2
+            placed = np.empty_like(w)
+            placed[:, order] = middle[:, run] / w.shape[1]
+            ranks.append(placed)
+        return _correlation(w, *ranks)
+
+    return value
+
+
+def _proportion(key: str, title: str, ratio: Ratio, **traits: Any) -> Metric:
     def form(y: IntArray, z: FloatArray, positive: int) -> Weighted:
         numerator, denominator = ratio(y, z, positive)
         return lambda w: _ratio(w @ (numerator & denominator).astype(np.float64), w @ denominator.astype(np.float64))
@@ -423,31 +527,53 @@ def _proportion(key: str, title: str, ratio: Ratio, **traits: bool) -> Metric:
 
 
 _TWO = {"asymmetric": True, "binary": True}
+_ANY = ("classes", "ordinal", "findings")
+_NUMBER = ("number",)
 
 METRICS: Mapping[str, Metric] = {
     metric.key: metric
     for metric in (
         Metric("auc", "AUC", _one_vs_rest(_auc), "auc", per_class=True, binary=True),
-        Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True),
+        Metric("macro_auc", "macro AUC", _one_vs_rest(_auc), "auc", per_class=True, fits=_ANY),
         Metric("kappa", "kappa", _of_confusion(_kappa), low=-1.0, ordered=True),
-        Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True),
-        _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), dtype=bool))),
-        Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True),
-        Metric("f1", "F1", _of_confusion(_f1), per_class=True, asymmetric=True),
-        Metric("mcc", "MCC", _of_confusion(_mcc), low=-1.0),
-        Metric("brier", "Brier score", _mean_of(_brier), high=2.0, loss=True),
-        Metric("log_loss", "log loss", _mean_of(_log_loss), high=np.inf, loss=True),
-        _proportion("sensitivity", "sensitivity", lambda y, z, c: (z.argmax(1) == c, y == c), per_class=True, **_TWO),
-        _proportion("specificity", "specificity", lambda y, z, c: (z.argmax(1) != c, y != c), per_class=True, **_TWO),
+        Metric("auprc", "AUPRC", _one_vs_rest(_average_precision), per_class=True, asymmetric=True, fits=_ANY),
+        _proportion("accuracy", "accuracy", lambda y, z, _: (z.argmax(1) == y, np.ones(len(y), bool)), fits=_ANY),
+        Metric("balanced_accuracy", "balanced accuracy", _of_confusion(_recalls), per_class=True, fits=_ANY),
+        Metric("f1", "F1", _of_confusion(_f1), per_class=True, asymmetric=True, fits=_ANY),
+        Metric("mcc", "MCC", _of_confusion(_mcc), low=-1.0, fits=_ANY),
+        Metric("brier", "Brier score", _mean_of(_brier), high=2.0, loss=True, fits=_ANY),
+        Metric("log_loss", "log loss", _mean_of(_log_loss), high=np.inf, loss=True, fits=_ANY),
+        _proportion(
+            "sensitivity", "sensitivity", lambda y, z, c: (z.argmax(1) == c, y == c), per_class=True, fits=_ANY, **_TWO
+        ),
+        _proportion(
+            "specificity", "specificity", lambda y, z, c: (z.argmax(1) != c, y != c), per_class=True, fits=_ANY, **_TWO
+        ),
         _proportion("ppv", "PPV", lambda y, z, c: (y == c, z.argmax(1) == c), **_TWO),
         _proportion("npv", "NPV", lambda y, z, c: (y != c, z.argmax(1) != c), **_TWO),
         _at("sensitivity", 95),
         _at("specificity", 95),
     )
 }  # fmt: skip
-"""Every metric of this package by its key. A new metric is one row."""
+"""Metrics of classes by their keys, some of findings too. A new metric is one row."""
 
-metrics: Registry[Metric] = Registry("metric", METRICS)  # these and those that other packages register
+OTHERS: Mapping[str, Metric] = {
+    metric.key: metric
+    for metric in (
+        Metric("micro_auc", "micro AUC", _micro(_auc), fits=("findings",)),
+        Metric("micro_auprc", "micro AUPRC", _micro(_average_precision), fits=("findings",)),
+        Metric("mae", "MAE", _mae, high=np.inf, loss=True, ordered=True, fits=("classes", "ordinal", "number")),
+        Metric("rmse", "RMSE", _rmse, high=np.inf, loss=True, fits=_NUMBER),
+        Metric("r2", "R²", _r2, low=-np.inf, fits=_NUMBER),
+        Metric("pearson", "Pearson's r", _pearson, low=-1.0, fits=_NUMBER),
+        Metric("spearman", "Spearman's ρ", _spearman, low=-1.0, fits=_NUMBER),
+    )
+}
+"""Metrics of grades, findings and numbers."""
+
+_BUILTIN = {**METRICS, **OTHERS}
+
+metrics: Registry[Metric] = Registry("metric", _BUILTIN)  # and those that other packages register
 
 
 def metric_title(name: str, positive: str = "") -> str:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.metrics import FloatArray, IntArray, evaluate, find_metric, log_probabilities, mean_logits, softmax
+from embcache.probe.metrics import FloatArray, IntArray, evaluate, find_metric, log_probabilities, softmax
 from embcache.probe.statistics import RESAMPLES, Scores, TestSet, estimate, sample
 from embcache.runs.result import Estimate
+from embcache.targets import Target, make_target
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,27 +29,32 @@ class Predictions:
 
     ids: NDArray[np.object_]
     groups: NDArray[np.object_]
-    labels: IntArray  # (n,)
+    labels: NDArray[Any]  # values (n,), or (n, L) of findings
     logits: FloatArray  # (K, n, C)
     class_names: tuple[str, ...]
     positive: int = 1  # class that asymmetric metrics of two classes are of
     overlap: float | None = None  # mean share of training rows that two models have in common
     folds: int = 1  # of one repeat
+    target: Target | None = None  # by default classes
+
+    @property
+    def task(self) -> Target:
+        """What is predicted."""
+        return self.target or make_target("classes", self.class_names)
 
     @property
     def p(self) -> FloatArray:
-        """Class probabilities, float64 of shape (K, n, C)."""
-        return softmax(self.logits)
+        """Probabilities, or numbers, float64 of shape (K, n, C)."""
+        return self.task.predicted(self.logits)
 
     @property
     def test(self) -> TestSet:
-        """Labels and groups of the rows."""
-        return TestSet(self.labels, self.groups, self.class_names, self.positive)
+        """Values and groups of the rows."""
+        return TestSet(self.labels, self.groups, self.class_names, self.positive, self.target)
 
     def scores(self, metric: str, resamples: int = RESAMPLES) -> Scores:
         """Scores by a metric; see `embcache.probe.statistics.sample`."""
-        found = find_metric(metric, len(self.class_names))
-        return sample(found, self.test, self.logits, resamples=resamples)
+        return sample(find_metric(metric, self.task), self.test, self.logits, resamples=resamples)
 
     def estimate(self, metric: str, resamples: int = RESAMPLES) -> Estimate:
         """Mean score by a metric, with its two intervals."""
@@ -62,22 +67,35 @@ class Predictions:
         )
 
     def ensemble(self) -> Predictions:
-        """One model: the mean of the models' probabilities, which is what ``predict`` uses."""
-        return replace(self, logits=mean_logits(self.logits)[None], overlap=None, folds=1)
+        """One model: the mean of the models' probabilities or numbers, which is what ``predict`` uses."""
+        return replace(self, logits=self.task.average(self.logits)[None], overlap=None, folds=1)
 
-    def mixed_groups(self) -> list[str]:
-        """Groups that hold rows of several classes."""
-        classes = pd.Series(self.labels).groupby(self.groups).nunique()
-        return [str(name) for name in classes.index[classes > 1]]
+    def finding(self, name: str) -> Predictions:
+        """One finding as models of two classes, absent and present, on the rows of which it is known."""
+        if name not in self.class_names:
+            raise UsageError(
+                "there is no such finding", code="unknown-finding", expected=", ".join(self.class_names), found=name
+            )
+        of = self.class_names.index(name)
+        known = self.labels[:, of] >= 0
+        odds = self.logits[:, known, of]
+        return replace(
+            self.take(known), labels=self.labels[known, of], logits=np.stack([np.zeros_like(odds), odds], axis=-1),
+            class_names=(f"no {name}", name), positive=1, target=None,
+        )  # fmt: skip
 
     def by_group(self) -> Predictions:
-        """One row per group: the mean of its rows' probabilities. For groups of one class each (`mixed_groups`)."""
-        names, first, group = np.unique(self.groups.astype(str), return_index=True, return_inverse=True)
+        """One row per group, as its target makes it; those whose rows disagree in their class are left out."""
+        task = self.task
+        names, group = np.unique(self.groups.astype(str), return_inverse=True)
         order = np.argsort(group.reshape(-1), kind="stable")
         parts = np.split(order, np.cumsum(np.bincount(group.reshape(-1)))[:-1])
-        logits = np.stack([mean_logits(self.logits[:, part], axis=1) for part in parts], axis=1)
-        named = names.astype(object)
-        return replace(self, ids=named, groups=named, labels=self.labels[first], logits=logits)
+        labels = np.stack([np.asarray(task.group_value(self.labels[part])) for part in parts])
+        kept = np.flatnonzero(task.known(labels))
+        logits = [task.of_group(self.logits[:, parts[k]]) for k in kept]
+        named = names.astype(object)[kept]
+        stacked = np.stack(logits, axis=1) if logits else self.logits[:, :0]
+        return replace(self, ids=named, groups=named, labels=labels[kept], logits=stacked)
 
 
 def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
@@ -85,27 +103,44 @@ def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
     found = {"": predictions.estimate(metric)}
     if len(predictions.logits) > 1:
         found["ensemble"] = predictions.ensemble().estimate(metric)
-    if len(set(predictions.groups.tolist())) < len(predictions.groups) and not predictions.mixed_groups():
-        parts = all_estimates(predictions.by_group(), metric)
+    groups, _ = group_rows(predictions)
+    if groups is not None:
+        parts = all_estimates(groups, metric)
         found |= {f"by patient, {name}" if name else "by patient": e for name, e in parts.items()}
     return found
 
 
+def group_rows(predictions: Predictions) -> tuple[Predictions | None, str]:
+    """Predictions by group, or None and why there are none; no reason where every image is a group."""
+    total = len(set(predictions.groups.tolist()))
+    if total == len(predictions.groups):
+        return None, ""
+    groups = predictions.by_group()
+    task = predictions.task
+    if not len(groups.ids) or len(task.absent(groups.labels)) == len(task.names) or _one_sided(groups):
+        return None, f"of {total:,} groups {total - len(groups.ids):,} hold images of several classes"
+    return groups, ""
+
+
+def _one_sided(groups: Predictions) -> bool:
+    return groups.labels.ndim == 1 and len(np.unique(groups.labels)) < 2
+
+
 def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
     """What `embcache.runs.result.Result.by_group` holds."""
-    if len(set(predictions.groups.tolist())) == len(predictions.groups):
-        return {}
-    if mixed := predictions.mixed_groups():
-        return {"why": f"{len(mixed):,} groups hold images of several classes"}
-    groups = predictions.by_group()
+    groups, why = group_rows(predictions)
+    if groups is None:
+        return {"why": why} if why else {}
+    mixed = len(set(predictions.groups.tolist())) - len(groups.ids)
     estimated = groups.estimate(metric).to_json()
-    return {"groups": len(groups.ids), "estimate": estimated, "ensemble": ensemble_scores(groups, metric)}
+    found = {"groups": len(groups.ids), "estimate": estimated, "ensemble": ensemble_scores(groups, metric)}
+    return found | ({"mixed": mixed} if mixed else {})
 
 
 def ensemble_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
     """What `embcache.runs.result.Result.ensemble` holds."""
     one = predictions.ensemble()
-    measured = evaluate(metric, one.labels, one.logits[0], one.positive)
+    measured = evaluate(metric, one.labels, one.logits[0], one.positive, one.task)
     return {"estimate": one.estimate(metric).to_json(), "metrics": measured}
 
 

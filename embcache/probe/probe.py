@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embcache.config import DatasetRef, ProbeConfig
-from embcache.data.classes import retarget
+from embcache.data.classes import refuse_unclear, retarget
 from embcache.data.dataset import ImageDataset, find_dataset, named_dataset
 from embcache.errors import StoreError, StoreNotFoundError, UsageError, first_few
 from embcache.log import log
@@ -37,6 +37,7 @@ def probe_features(
     head: object = None,
     subset: str | int = "S",
     target: str | None = None,
+    task: str | None = None,
     home: PathLike | None = None,
     config: ProbeConfig | None = None,
     progress: Progress | None = None,
@@ -58,7 +59,9 @@ def probe_features(
     subset : str or int
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
     target : str, optional
-        Column of the dataset's table to predict instead of its labels.
+        Column of the dataset's table to predict instead of its labels; several, with commas, are findings.
+    task : {"classes", "ordinal", "findings", "number"}, optional
+        What is predicted; see `embcache.data.classes.retarget`.
     home : path, optional
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
     config, **options
@@ -83,7 +86,7 @@ def probe_features(
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     made = ProbeConfig.make(config, {key: value for key, value in options.items() if value is not None})
-    dataset = dataset if target is None else retarget(dataset, target)
+    dataset = retarget(dataset, target, task)
     (result,) = probe(dataset, [names], [subset], made, home=home, head=head, progress=progress)
     return result
 
@@ -130,22 +133,22 @@ def _train_batch(
     splits, rates = cells[0].splits, len(plan.schedules)
     place = np.full(len(splits[0].ids), -1, dtype=np.int64)  # dataset row → row of the features
     place[reader.rows] = np.arange(len(reader.rows))
-    labels, n_classes = splits[0].labels[reader.rows], len(plan.dataset.class_names)
+    labels, target = splits[0].labels[reader.rows], plan.dataset.task
     streams = [f"{plan.config.seed + repeat}\0{fold}" for repeat, s in enumerate(splits) for fold in range(s.n_folds)]
     jobs = [
-        make_job(labels, place[train], place[val], n_classes, stream, schedule.lr)
+        make_job(labels, place[train], place[val], target, stream, schedule.lr)
         for cell in cells
         for fold, stream in enumerate(streams)
         for train, val in [cell.parts(fold)]
         for schedule in plan.schedules
     ]
     y = torch.from_numpy(labels).to(plan.config.device)
-    every = train_heads(plan.head, features, y, jobs, n_classes, plan.metric, plan.schedules[0], on_epoch)
+    every = train_heads(plan.head, features, y, jobs, target, plan.metric, plan.schedules[0], on_epoch)
     sweeps = [range(k, k + rates) for k in range(0, len(every), rates)]
     chosen = [sweep[best_of([every[k] for k in sweep])] for sweep in sweeps]
     models = [every[k] for k in chosen]
     test = torch.from_numpy(place[splits[0].test])
-    logits, val = _predict(plan.head, models, features, test, [jobs[k].val for k in chosen], n_classes)
+    logits, val = _predict(plan.head, models, features, test, [jobs[k].val for k in chosen], target.outputs)
     trained = time.perf_counter() - began
     # The share of a cell in the time of all: as much as its heads saw of the rows.
     seen = [max(1, len(t.losses)) * (len(job.train) + len(job.val)) for t, job in zip(every, jobs, strict=True)]
@@ -230,6 +233,8 @@ def probe_cached(
             fix="--dataset NAME",
         )  # fmt: skip
     found = [find_dataset(name, ref, home)[0] for name in names]
+    for ds in found if ref.task is None else ():
+        refuse_unclear(ds)
     results = []
     for ds in found:
         sets = _sets(head, backbones, ds, home, config.views)

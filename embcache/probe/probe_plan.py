@@ -15,12 +15,12 @@ from torch import Tensor
 
 from embcache.config import ProbeConfig
 from embcache.cores import is_shortage
-from embcache.data.dataset import ImageDataset
+from embcache.data.dataset import ImageDataset, with_loss
 from embcache.data.groups import IntArray
 from embcache.errors import StoreError, UsageError
 from embcache.paths import PathLike
 from embcache.probe.feature_rows import FeatureRows, Resident
-from embcache.probe.heads import check_backbones, find_head, identify, name_of
+from embcache.probe.heads import check_backbones, check_fits, find_head, identify, name_of
 from embcache.probe.inputs import (
     digest_images,
     digest_shards,
@@ -37,6 +37,7 @@ from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
 from embcache.runs.folders import PROTOCOL_VERSION, Result, find_run
 from embcache.store.feature_store import FeatureStore
+from embcache.targets import declared
 
 _SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
 
@@ -83,7 +84,7 @@ class ProbePlan:
                 missing.setdefault(cell.backbones, {})[cell.id] = cell
         for backbones, cells in missing.items():
             dims = {backbone: self.stores[backbone].row_shape[-1] for backbone in backbones}
-            size = self.head.count_parameters(dims, len(self.dataset.class_names)) * self.models_per_cell
+            size = self.head.count_parameters(dims, self.dataset.task.width) * self.models_per_cell
             together = list(cells.values())
             apart = isinstance(self.head, ClosedFormHead) or size > _SMALL
             yield from [([cell], together) for cell in together] if apart else [(together, together)]
@@ -139,11 +140,13 @@ def plan_probe(
     """Open the stores, draw the splits and write down one cell per set of backbones and subset."""
     given = config.head if head is None else head
     model = find_head(given, config.hyperparameters)
+    dataset = with_loss(dataset, config.loss)
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
     subset_sizes(dataset, names)  # one at least
     config = _settled(config, model, dataset, home)
-    metric = find_metric(config.metric or dataset.metric, len(dataset.class_names))
-    check_order(metric, dataset.class_names)
+    metric = find_metric(config.metric or dataset.metric, dataset.task)
+    check_order(metric, dataset.task)
+    check_fits(model, dataset.task)
     for backbones in sets:
         check_backbones(model, backbones)
     stores = open_stores(dataset, sets, home, config.recipe, config.views)
@@ -162,6 +165,7 @@ def plan_probe(
     common = {
         "kind": "probe", "protocol": PROTOCOL_VERSION, "dataset": dataset.name, "head": described, "metric": metric.key,
         **asymmetry(metric, dataset.class_names, config.positive),
+        **({"task": task} if (task := declared(dataset.task)) else {}),
         **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
         **config.result_options(),
@@ -204,6 +208,7 @@ def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathL
     if config.splits is not None:
         config = replace(config, splits=str(find_splits(config.splits, dataset, home)))
     rates = tuple(dict.fromkeys(config.lr))
+    config = replace(config, loss=None)  # that of the target, which is in the request
     if isinstance(head, ClosedFormHead):
         _refuse_training_options(config)
     return replace(config, lr=() if rates == (Schedule.lr,) else rates)

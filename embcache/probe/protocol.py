@@ -25,11 +25,20 @@ from numpy.typing import NDArray
 
 from embcache.config import ProtocolConfig
 from embcache.data.classes import class_flags
-from embcache.data.groups import IntArray, hash_order, merge_groups, overlap_notes, stratified_group_folds, water_fill
+from embcache.data.groups import (
+    IntArray,
+    hash_order,
+    merge_groups,
+    overlap_notes,
+    spread_order,
+    stratified_group_folds,
+    water_fill,
+)
 from embcache.errors import ProtocolError, UsageError, first_few
 from embcache.fields import unknown_subset
 from embcache.io import read_regular, write_output
 from embcache.sealed import parse, typed
+from embcache.targets import Target, make_target
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -47,7 +56,7 @@ class Splits:
     dataset: str
     class_names: tuple[str, ...]
     ids: StrArray = field(repr=False)  # (N,)
-    labels: IntArray = field(repr=False)  # (N,); −1 where unlabeled
+    labels: NDArray[Any] = field(repr=False)  # values (N,) or (N, L); −1, of a number NaN, where unlabeled
     groups: StrArray = field(repr=False)  # (N,); the dataset's, merged where stored digests showed identical bytes
     test: IntArray = field(repr=False)  # rows of the test set, in the dataset's order
     test_set: str  # "official" or "local"
@@ -59,6 +68,12 @@ class Splits:
     val_mode: str  # "full" or "matched"
     notes: tuple[str, ...] = ()  # what a reader of the results must know
     everything: frozenset[str] = frozenset()  # subsets that are F under another name: all that may train do
+    target: Target | None = None  # by default classes
+
+    @property
+    def task(self) -> Target:
+        """What is predicted."""
+        return self.target or make_target("classes", self.class_names)
 
     @property
     def test_ids(self) -> tuple[str, ...]:
@@ -68,7 +83,7 @@ class Splits:
     @property
     def test_labeled(self) -> bool:
         """Whether test scores can be computed; False for predictions to submit."""
-        return bool((self.labels[self.test] >= 0).any())
+        return bool(self.task.known(self.labels[self.test]).any())
 
     def train_ids(self, fold: int, subset: str) -> tuple[str, ...]:
         """Ids that train in ``fold`` at ``subset``, in drawing order."""
@@ -86,7 +101,10 @@ class Splits:
     def digest(self, subset: str) -> str:
         """SHA-256 (hex) of the ids and labels that train, validate and test at ``subset``, and of the test groups."""
         rows = [self.test, *(np.sort(p[f, subset]) for f in range(self.n_folds) for p in (self.train, self.val))]
-        content = [[[self.ids[i], int(self.labels[i])] for i in part] for part in rows]
+        content = [
+            [[self.ids[i], value] for i, value in zip(part, self.task.plain(self.labels[part]), strict=True)]
+            for part in rows
+        ]
         text = json.dumps([list(self.class_names), content, list(self.groups[self.test])], ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -106,8 +124,14 @@ class Splits:
             raise ProtocolError(
                 "the test set is empty", code="no-test-set", expected="one readable test image at least", found="none"
             )
-        known = self.labels[self.test][self.labels[self.test] >= 0]
-        if len(known) and len(np.unique(known)) < 2:
+        task, y = self.task, self.labels[self.test]
+        known = y[task.known(y)]
+        if len(known) and len(task.absent(known)) == len(task.names):
+            raise ProtocolError(
+                f"the labeled test images have no {task.noun} that varies", code="constant-target",
+                expected=f"two values of a {task.noun}", found=task.words(known[0]), fix="label more test images",
+            )  # fmt: skip
+        if len(known) and known.ndim == 1 and len(np.unique(known)) < 2:
             local = "label images of the other classes: the local test set is a fifth of all"
             raise ProtocolError(
                 "the labeled test images are all of one class", code="one-class", expected="two classes at least",
@@ -126,12 +150,8 @@ class Splits:
                 shared[f"{side} and test"] = (
                     set() if self.test_set == "official" else test_groups & set(self.groups[rows])
                 )
-                if (classes := len(np.unique(self.labels[rows]))) < 2:
-                    raise ProtocolError(
-                        f"{where}: {side} holds fewer than two classes", code="one-class",
-                        found=f"{len(rows)} images of {classes} class",
-                        fix=("fewer --folds", "a larger --subset", "label more images"),
-                    )  # fmt: skip
+                fix = ("fewer --folds", "a larger --subset", "label more images")
+                task.check_part(self.labels[rows], f"{where}: {side}", fix)
             for sides, names in shared.items():
                 if names:
                     raise ProtocolError(
@@ -219,7 +239,7 @@ def read_splits(
         )  # fmt: skip
     ids = np.array(ds.table["id"].tolist(), dtype=object)
     row_of = {name: row for row, name in enumerate(ids)}
-    labels = ds.table["label"].to_numpy(dtype=np.int64)
+    labels, task = ds.labels, ds.task
     gone, groups = set(unreadable), merged_groups(ds, digests)
     # the overlap is noted below, for what the file really uses
     notes = [f"splits read from {path.name}", *(note for note in ds.notes if note not in overlap_notes(ds.table))]
@@ -234,10 +254,11 @@ def read_splits(
                 fix=f"use the file with the dataset it was made for ({data['dataset']})",
             )  # fmt: skip
         found = np.array([row_of[name] for name in names if name not in gone], dtype=np.int64)
-        if labeled and (labels[found] < 0).any():
+        known = task.known(labels[found])
+        if labeled and not known.all():
             raise ProtocolError(
                 "the splits file trains or validates on images without a label", code="unlabeled-image",
-                found=first_few(ids[found[labels[found] < 0]].tolist()), where=path,
+                found=first_few(ids[found[~known]].tolist()), where=path,
             )  # fmt: skip
         return found
 
@@ -255,8 +276,8 @@ def read_splits(
         notes.append(f"{len(dropped)} images of groups that the official test set shares left out of the folds")
         train, val = ({key: part[~excluded[part]] for key, part in parts.items()} for parts in (train, val))
     for number in range(len(folds)):
-        notes += absent_note(ds.class_names, labels[val[number, subsets[0]]], f"validation of fold {number}")
-    notes += absent_note(ds.class_names, labels[test_rows], "the test set") if (labels[test_rows] >= 0).any() else []
+        notes += absent_note(task, labels[val[number, subsets[0]]], f"validation of fold {number}")
+    notes += absent_note(task, labels[test_rows], "the test set")
     named = {i for fold in folds for part in (fold["train"], fold["val"]) for names in part.values() for i in names}
     named |= set(test)
     if gone & named:
@@ -269,15 +290,18 @@ def read_splits(
     return Splits(
         dataset=ds.name, class_names=class_names, ids=ids, labels=labels, groups=groups, test=test_rows,
         test_set="official" if official else "local", train=train, val=val, subsets=subsets, n_folds=len(folds),
-        seed=seed, val_mode=val_mode, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
+        seed=seed, val_mode=val_mode, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything), target=task,
     ).check()  # fmt: skip
 
 
-def absent_note(class_names: Sequence[str], labels: IntArray, where: str) -> list[str]:
-    """One note where a class has no image among ``labels`` (−1 counts for none), else nothing."""
-    counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
-    absent = [name for name, count in zip(class_names, counts, strict=True) if count == 0]
-    return [f"{where} has no image of {', '.join(absent)}: scores there are over the other classes"] if absent else []
+def absent_note(task: Target, y: NDArray[Any], where: str) -> list[str]:
+    """One note where a class has no image among some rows, or a finding none with or without it; else nothing."""
+    known = y[task.known(y)]
+    absent = [task.names[c] for c in task.absent(known)] if len(known) else []
+    if not absent or task.kind == "number":
+        return []
+    lacks = "no image of" if task.kind != "findings" else "no images with and without"
+    return [f"{where} has {lacks} {', '.join(absent)}: scores there are over the other {task.nouns}"]
 
 
 TEST_SEED = 20_210_823  # of the local test set: its own, so that no ``--seed`` moves an image between pool and test
@@ -289,7 +313,8 @@ class Sides:
     """The rows of a dataset that may train, those that validate in every fold, and those that test."""
 
     ids: StrArray
-    labels: IntArray  # (N,); -1 where unlabeled
+    labels: NDArray[Any]  # as `Splits.labels`
+    strata: IntArray  # (N,), −1 where unlabeled; or membership (N, S): see `embcache.targets.target.Target.strata`
     groups: StrArray
     pool: IntArray
     own_val: IntArray
@@ -315,17 +340,19 @@ def plan_splits(
     everything = set(sizes)
     sides = divide(ds, config=config, digests=digests, unreadable=unreadable)
     ids, labels, groups, notes = sides.ids, sides.labels, sides.groups, list(sides.notes)
-    pool, own_val, test_rows, n_classes = sides.pool, sides.own_val, sides.test, len(ds.class_names)
+    pool, own_val, test_rows, strata = sides.pool, sides.own_val, sides.test, sides.strata
     if len(own_val):
         notes.append(f"validation is the dataset's own val split ({len(own_val)} images) in every fold")
     _check_classes(ds, sides, folds)
-    fold_of = stratified_group_folds(labels[pool], groups[pool].tolist(), folds, seed, "folds")
+    # Subsets of findings are the beginning of one order, which is made as far as it is needed.
+    most = max((n for n in sizes.values() if n is not None), default=0)
+    fold_of = stratified_group_folds(strata[pool], groups[pool].tolist(), folds, seed, "folds")
     train: dict[Key, IntArray] = {}
     val: dict[Key, IntArray] = {}
     for fold in range(folds):
         holdout = own_val if len(own_val) else pool[fold_of == fold]
-        drawn = _class_orders(pool[fold_of != fold], labels, ids, n_classes, seed, f"train/{fold}")
-        held = _class_orders(holdout, labels, ids, n_classes, seed, f"val/{fold}")
+        drawn = _orders(pool[fold_of != fold], strata, ids, seed, f"train/{fold}", most)
+        held = _orders(holdout, strata, ids, seed, f"val/{fold}", most) if matched else []
         there = sum(map(len, drawn))
         for subset, n in sizes.items():
             where = f"fold {fold}, subset {subset}"
@@ -341,13 +368,12 @@ def plan_splits(
                 notes.append(f"subset {subset}, fold {fold}: only {len(holdout)} images to validate, {len(rows)} train")
     for fold in range(folds):
         where = "the val split" if len(own_val) else f"validation of fold {fold}"
-        notes += absent_note(ds.class_names, labels[val[fold, next(iter(sizes))]], where)
-    if (labels[test_rows] >= 0).any():
-        notes += absent_note(ds.class_names, labels[test_rows], "the test set")
+        notes += absent_note(ds.task, labels[val[fold, next(iter(sizes))]], where)
+    notes += absent_note(ds.task, labels[test_rows], "the test set")
     return Splits(
         dataset=ds.name, class_names=tuple(ds.class_names), ids=ids, labels=labels, groups=groups, test=test_rows,
         test_set=sides.test_set, train=train, val=val, subsets=tuple(sizes), n_folds=folds, seed=seed,
-        val_mode=config.val, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything),
+        val_mode=config.val, notes=tuple(dict.fromkeys(notes)), everything=frozenset(everything), target=ds.task,
     ).check()  # fmt: skip
 
 
@@ -362,7 +388,8 @@ def divide(
     """Divide a dataset into pool and test set. Needs no folds, so any number of images of a class will do."""
     config, table = ProtocolConfig.make(config, options), ds.table
     ids = table["id"].to_numpy(dtype=object)
-    labels = table["label"].to_numpy(dtype=np.int64)
+    labels = ds.labels
+    known = ds.task.known(labels)
     given = table["split"].to_numpy(dtype=object)
     groups = merged_groups(ds, digests)
     # the overlap is noted below, for the test set that is really used
@@ -371,17 +398,18 @@ def divide(
     readable = ~np.isin(ids, np.asarray(sorted(unreadable), dtype=object)) if unreadable else np.ones(len(ids), bool)
     if not readable.all():
         notes.append(f"{(~readable).sum()} unreadable images left out")
-    usable = readable & (labels >= 0)
+    usable = readable & known
     pool, own_val = (np.flatnonzero((given == split) & usable) for split in ("train", "val"))
     official = np.flatnonzero((given == "test") & readable)
     if not ds.grouped:
         notes.append("ungrouped: images of one patient or slide may be on both sides")
-    if (labels[official] >= 0).any() or config.test == "official":
+    strata = ds.task.strata(labels, np.flatnonzero((given == "train") & usable), config.folds + 1)
+    if known[official].any() or config.test == "official":
         test_rows, test_set = official, "official"
         pool, own_val, overlap = _official_overlap(ds, groups, official, pool, own_val, config.exclude_test_overlap)
         notes += overlap
     else:
-        test_rows, test_set = _local_test(labels, groups, pool, own_val), "local"
+        test_rows, test_set = _local_test(strata, groups, pool, own_val), "local"
         pool = np.setdiff1d(pool, test_rows)
     if len(own_val):
         kept = pool[~_sharing(groups, pool, own_val)]
@@ -390,7 +418,7 @@ def divide(
         pool = kept
     if ds.pool_limit is not None and len(pool) > ds.pool_limit:
         pool = np.sort(pool[hash_order(config.seed, "pool", ids[pool].tolist())[: ds.pool_limit]])
-    return Sides(ids, labels, groups, pool, own_val, test_rows, test_set, tuple(notes))
+    return Sides(ids, labels, strata, groups, pool, own_val, test_rows, test_set, tuple(notes))
 
 
 def subset_sizes(ds: ImageDataset, subsets: Sequence[str | int]) -> dict[str, int | None]:
@@ -440,11 +468,11 @@ def _official_overlap(
     return pool, own_val, [note + "; embcache probe --exclude-test-overlap leaves them out"]
 
 
-def _local_test(labels: IntArray, groups: StrArray, pool: IntArray, own_val: IntArray) -> IntArray:
+def _local_test(strata: IntArray, groups: StrArray, pool: IntArray, own_val: IntArray) -> IntArray:
     """A stratified, grouped fifth of the pool, ascending; the same whatever the seed."""
     free = pool[~_sharing(groups, pool, own_val)]
-    part = stratified_group_folds(labels[free], groups[free].tolist(), TEST_PARTS, TEST_SEED, "test")
-    return np.asarray(free[part == _nearest_fifth(labels[free], part)])
+    part = stratified_group_folds(strata[free], groups[free].tolist(), TEST_PARTS, TEST_SEED, "test")
+    return np.asarray(free[part == _nearest_fifth(strata[free], part)])
 
 
 def _sharing(groups: StrArray, rows: IntArray, others: IntArray) -> NDArray[np.bool_]:
@@ -452,11 +480,12 @@ def _sharing(groups: StrArray, rows: IntArray, others: IntArray) -> NDArray[np.b
     return np.asarray(pd.Index(groups[rows]).isin(groups[others]))
 
 
-def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
+def _nearest_fifth(strata: IntArray, part: IntArray) -> int:
     """The part whose classes come nearest to a fifth of each; large groups can make parts unequal."""
-    present, y = np.unique(labels, return_inverse=True)
-    counts = np.zeros((TEST_PARTS, len(present)), dtype=np.int64)
-    np.add.at(counts, (part, y.reshape(-1)), 1)
+    if strata.ndim == 1:
+        strata = (strata[:, None] == np.unique(strata)).astype(np.int64)
+    counts = np.zeros((TEST_PARTS, strata.shape[1]), dtype=np.int64)
+    np.add.at(counts, part, strata)
     total = counts.sum(0)
     distance = ((TEST_PARTS * counts - total) ** 2 * (2**52 // np.maximum(total, 1) ** 2 // TEST_PARTS**2)).sum(1)
     return int(distance.argmin())
@@ -464,8 +493,14 @@ def _nearest_fifth(labels: IntArray, part: IntArray) -> int:
 
 def _check_classes(ds: ImageDataset, sides: Sides, folds: int) -> None:
     """Refuse a pool that some fold could not train or validate every class on."""
-    labels, groups, pool, own_val = sides.labels, sides.groups, sides.pool, sides.own_val
+    labels, groups, pool, own_val, task = sides.strata, sides.groups, sides.pool, sides.own_val, ds.task
     held_out = sides.test if sides.test_set == "local" else sides.test[:0]
+    if task.kind in ("findings", "number"):
+        where = f"the pool of {ds.name}"
+        task.check_part(sides.labels[pool], where, ["label more images"])
+        if task.kind == "findings":
+            _check_findings(ds, sides, folds)
+        return
     counts = np.bincount(labels[pool], minlength=len(ds.class_names))
     listing = ", ".join(f"{name}: {count}" for name, count in zip(ds.class_names, counts, strict=True)) or "no classes"
     if (counts > 0).sum() < 2:
@@ -501,8 +536,31 @@ def _check_classes(ds: ImageDataset, sides: Sides, folds: int) -> None:
     )  # fmt: skip
 
 
-def _class_orders(rows: IntArray, labels: IntArray, ids: StrArray, n: int, seed: int, purpose: str) -> list[IntArray]:
-    members = [rows[labels[rows] == c] for c in range(n)]
+def _check_findings(ds: ImageDataset, sides: Sides, folds: int) -> None:
+    """Refuse findings that some fold could not train or validate on."""
+    needed, y, groups = 2 if len(sides.own_val) else folds, sides.labels[sides.pool], sides.groups[sides.pool]
+    few = dict[str, str]()
+    for value, word in ((1, "with"), (0, "known to be without")):
+        for name, column in zip(ds.class_names, y.T, strict=True):
+            if (n := len(set(groups[column == value]))) < needed:
+                few.setdefault(name, f"{name}: {n:,} groups {word} it")
+    if few:
+        rest = [name for name in ds.class_names if name not in few]
+        raise ProtocolError(
+            f"{len(few)} of {len(ds.class_names)} findings of {ds.name} are too rare for {folds} folds",
+            code="class-too-small", expected=f"at least {needed} groups with and without every finding in the pool",
+            found="; ".join(few.values()), where=ds.root,
+            fix=[*([f"--target {shlex.quote(','.join(rest))}"] if rest else []), "fewer --folds", "label more images"],
+        )  # fmt: skip
+
+
+def _orders(rows: IntArray, strata: IntArray, ids: StrArray, seed: int, purpose: str, most: int) -> list[IntArray]:
+    """Rows of each class in drawing order; of findings all rows, so that the first n have them as equal as can be."""
+    if strata.ndim == 2:
+        order = hash_order(seed, purpose, ids[rows].tolist())
+        first = spread_order(strata[rows], min(most, len(rows)), order)
+        return [rows[np.concatenate([first, order[~np.isin(order, first)]])]]
+    members = [rows[strata[rows] == c] for c in range(int(strata.max(initial=0)) + 1)]
     return [m[hash_order(seed, f"{purpose}/{c}", ids[m].tolist())] for c, m in enumerate(members)]
 
 
@@ -513,10 +571,10 @@ def _take(orders: Sequence[IntArray], n: int) -> IntArray:
 
 def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDataset) -> IntArray:
     there = sum(map(len, orders))
-    least = len(ds.class_names)
+    least = len(orders) if ds.task.kind == "number" else len(ds.class_names)
     if n is not None and not least <= n <= there:
         raise ProtocolError(
-            f"{n} training images are more than {ds.name} has, or fewer than its classes",
+            f"{n} training images are more than {ds.name} has, or fewer than its {ds.task.nouns}",
             code="subset-too-large" if n > there else "subset-too-small",
             expected=f"{least} to {there} training images", found=str(n), where=where, fix="--subset F takes all",
         )  # fmt: skip
@@ -526,7 +584,7 @@ def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDatase
 def _matched(orders: Sequence[IntArray], n: int, where: str, ds: ImageDataset) -> IntArray:
     share = water_fill([len(order) for order in orders], min(n, sum(map(len, orders))))
     if share.min() < 2:
-        name = ds.class_names[int(share.argmin())]
+        name = "all" if len(orders) == 1 else ds.task.stratum(int(share.argmin()))
         raise ProtocolError(
             "matched validation would have fewer than two images of a class", code="matched-too-small",
             expected="two images of every class", found=f"{share.min()} of {name!r} among {share.sum()}", where=where,

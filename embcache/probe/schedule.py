@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from embcache.errors import ProtocolError, UsageError, check_number
 
 if TYPE_CHECKING:
@@ -107,20 +104,6 @@ def gentle(backbones: Sequence[str]) -> bool:
     # Architecture and tag of a timm: backbone, without the organization that published it.
     tagged = [name.rpartition("/")[2].removeprefix("timm:") for name in backbones if name.startswith("timm:")]
     return any(name in _DINO for name in backbones) or any(map(_VIT_S8_DINO.fullmatch, tagged))
-
-
-def is_balanced(labels: NDArray[np.int64], n_classes: int) -> bool:
-    """Whether class counts are equal, but for a remainder of one."""
-    counts = np.bincount(labels, minlength=n_classes)
-    return int(counts.max() - counts.min()) <= 1
-
-
-def seen_shares(labels: NDArray[np.int64], n_classes: int, weighs: bool) -> list[float]:
-    """Share of each class in training; classes of unbalanced labels count alike where the head ``weighs`` them."""
-    counts = np.bincount(labels, minlength=n_classes).astype(np.float64)
-    if weighs and not is_balanced(labels, n_classes):
-        counts = (counts > 0).astype(np.float64)
-    return (counts / counts.sum()).tolist()  # type: ignore[no-any-return]
 
 
 def diverged_error(what: str, lr: float | None) -> ProtocolError:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.optim.adam import adam
@@ -27,8 +26,10 @@ from embcache.cores import keep_freed_memory
 from embcache.probe.feature_rows import FeatureRows, as_rows
 from embcache.probe.feature_rows import stream_generator as stream_generator
 from embcache.probe.layers import Params, Standard, Tensors
-from embcache.probe.metrics import Metric, scorer, softmax
-from embcache.probe.schedule import Schedule, Tracker, diverged_error, is_balanced
+from embcache.probe.metrics import Metric, scorer
+from embcache.probe.schedule import Schedule, Tracker, diverged_error
+from embcache.targets import Target, as_target
+from embcache.targets.target import finish
 
 _LARGEST_STACK = 100_000_000  # parameters; with gradients, moments and best epochs some 2 GB
 _SMALL = 500_000  # parameters, of all heads together
@@ -50,11 +51,12 @@ class Head(ABC):
     summary: ClassVar[str] = ""  # one line for ``embcache heads``
     fuses: ClassVar[bool] = False  # whether it takes several backbones at once
     weighs: ClassVar[bool] = True  # whether the classes of an unbalanced training set weigh alike
+    fits: ClassVar[tuple[str, ...]] = ("classes", "ordinal")  # kinds of targets that it is trained for
     keeps_models: ClassVar[bool] = True  # whether its parameters are all that a prediction needs
 
     @abstractmethod
     def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
-        """Logits (K, B, C) of K heads.
+        """Logits (K, B, C) of K heads; of a number the standardized one, C = 1.
 
         Shapes: params (K, …); x float32 (K, B, D) of each backbone; masks, in training, (K, B, width) with values 0 or
         1 / (1 − rate).
@@ -87,6 +89,7 @@ class TrainedHead(Head):
     """
 
     standardized: ClassVar[bool] = False
+    fits = ("classes", "ordinal", "findings", "number")
 
     @abstractmethod
     def init(self, generator: torch.Generator, dims: Mapping[str, int], n_classes: int) -> Params:
@@ -127,7 +130,9 @@ class ClosedFormHead(Head):
     ) -> Solution:
         """Solve one head; validation, None where there is none, chooses by ``metric``.
 
-        Shapes: x, x_val float32 (n, D), (m, D) of each backbone; y, y_val int64 (n,), (m,) of 0 … ``n_classes`` − 1.
+        Shapes: x, x_val float32 (n, D), (m, D) of each backbone; y, y_val int64 (n,), (m,) of 0 … ``n_classes`` − 1; of
+        findings int64 (n, L), −1 unknown, with L in the place of ``n_classes``; of a number float64 (n,), with 1. Only
+        kinds of targets that the head ``fits`` are given, and `apply` gives logits, or numbers in their unit.
         """
 
 
@@ -164,14 +169,14 @@ class TrainedModel:
 
 
 def make_job(
-    labels: NDArray[np.int64], train: NDArray[np.int64], val: NDArray[np.int64], n_classes: int, stream: str, lr: float
+    labels: NDArray[Any], train: NDArray[np.int64], val: NDArray[np.int64], of: int | Target, stream: str, lr: float
 ) -> Job:
     """A job that oversamples where its training rows are not balanced (Section A, and the choice for all datasets)."""
     # The result depends on which rows train, not on how they were listed.
     train, val = np.sort(train), np.sort(val)
-    y = labels[train]
-    weights = None if is_balanced(y, n_classes) else torch.from_numpy(1.0 / np.bincount(y)[y])
-    return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, weights)
+    weights = as_target(of).draw_weights(labels[train])
+    drawn = None if weights is None else torch.from_numpy(weights)
+    return Job(torch.from_numpy(train), torch.from_numpy(val), stream, lr, drawn)
 
 
 def train_heads(
@@ -179,24 +184,27 @@ def train_heads(
     x: Tensors | FeatureRows,
     y: Tensor,
     jobs: Sequence[Job],
-    n_classes: int,
+    of: int | Target,
     metric: str | Metric,
     schedule: Schedule,
     on_epoch: Callable[[int], Any] = lambda done: None,
 ) -> list[TrainedModel]:
-    """Train (in as few stacks as memory allows) or solve a head per job; ``on_epoch`` gets the head-epochs settled."""
-    rows, most = as_rows(x), schedule.max_epochs
+    """Train (in as few stacks as memory allows) or solve a head per job; ``on_epoch`` gets the head-epochs settled.
+
+    ``of`` is the target of the values y, or a number of classes.
+    """
+    rows, most, target = as_rows(x), schedule.max_epochs, as_target(of)
     trained: list[TrainedModel] = []
     if isinstance(head, ClosedFormHead):
         for job in jobs:
-            trained.append(_solve(head, rows, y, job, n_classes, metric))
+            trained.append(_solve(head, rows, y, job, target, metric))
             on_epoch(len(trained) * most)
         return trained
     assert isinstance(head, TrainedHead)
-    width = max(1, _LARGEST_STACK // head.count_parameters(rows.dims, n_classes))
+    width = max(1, _LARGEST_STACK // head.count_parameters(rows.dims, target.width))
     for start in range(0, len(jobs), width):
-        runs = [_Run(job, y, n_classes, metric, schedule) for job in jobs[start : start + width]]
-        stack = _Stack(head, rows, y, runs, n_classes)
+        runs = [_Run(job, y, target, metric, schedule) for job in jobs[start : start + width]]
+        stack = _Stack(head, rows, y, runs, target)
         with _threads_for(stack.params):
             while stack.live:
                 stack.train_epoch()
@@ -207,17 +215,22 @@ def train_heads(
     return trained
 
 
+def values_at(y: Tensor, rows: Tensor) -> NDArray[Any]:
+    """Values of rows, in memory."""
+    return np.asarray(y[rows.to(y.device)].cpu().numpy())
+
+
 class _Run:
     """One head of a stack while it trains."""
 
-    def __init__(self, job: Job, y: Tensor, n_classes: int, metric: str | Metric, schedule: Schedule) -> None:
+    def __init__(self, job: Job, y: Tensor, target: Target, metric: str | Metric, schedule: Schedule) -> None:
         self.job, self.tracker, self.model = job, Tracker(schedule, job.lr), TrainedModel({})
         self.order, self.dropout, self.views = (
             stream_generator(job.stream, purpose) for purpose in ("order", "dropout", "views")
         )
-        self.scorer = scorer(metric, y[job.val.to(y.device)].cpu().numpy(), n_classes) if len(job.val) else None
+        self.scorer = scorer(metric, values_at(y, job.val), target) if len(job.val) else None
         self.held = hashlib.sha256(job.val.numpy().tobytes()).digest()  # heads with equal ones validate together
-        self.constants: Params = {}
+        self.constants: Params = {n: p.to(y.device) for n, p in target.constants(values_at(y, job.train)).items()}
 
     @property
     def finished(self) -> bool:
@@ -228,18 +241,21 @@ class _Run:
 class _Stack:
     """Heads that train as one: parameters, Adam's moments and step counts of those that are not finished."""
 
-    def __init__(self, head: TrainedHead, x: FeatureRows, y: Tensor, runs: Sequence[_Run], n_classes: int):
-        self.head, self.x, self.y = head, x, y
+    def __init__(self, head: TrainedHead, x: FeatureRows, y: Tensor, runs: Sequence[_Run], target: Target):
+        self.head, self.x, self.y, self.target = head, x, y, target
         if head.standardized:
             parts = [Standard() for _ in runs]
             # One pass for all heads, in parts: a fold's training rows, widened, may take four times what they do.
             for chunk in x.chunks([run.job.train for run in runs]):
                 parts[chunk.number].add(chunk.x)
             for run, part in zip(runs, parts, strict=True):
-                run.constants = part.params()
+                run.constants |= part.params()
         # Heads with more steps per epoch come first: those still active in a step are neighbors in the stack.
         self.live = sorted(runs, key=lambda run: -len(run.job.train))
-        fresh = [head.init(stream_generator(run.job.stream, "init"), x.dims, n_classes) for run in self.live]
+        fresh = [
+            head.init(stream_generator(run.job.stream, "init"), x.dims, target.width) | target.init()
+            for run in self.live
+        ]
         names = fresh[0] if fresh else ()
         self.params: Params = {name: torch.stack([p[name] for p in fresh]).to(y.device) for name in names}
         self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
@@ -270,9 +286,8 @@ class _Stack:
             fixed = {name: c[part] for name, c in self.fixed.items()}
             masks = self.head.draw_masks(shape[1], [run.dropout for run in self.live[part]])
             masks = {name: mask.to(self.y.device) for name, mask in masks.items()}
-            logits = self.head.apply({**leaves, **fixed}, step.x, masks)
-            each = F.cross_entropy(logits.flatten(0, 1), self.y[step.rows].flatten(), reduction="none").view(shape)
-            losses = each.mean(1)
+            given = {**leaves, **fixed}
+            losses = self.target.row_losses(self.head.apply(given, step.x, masks), self.y[step.rows], given).mean(1)
             # Heads share no parameter, so the gradient of the sum is the gradient of each.
             gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
             self.steps[part] = [done + 1 for done in self.steps[part]]
@@ -349,7 +364,7 @@ def adam_step(tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[int], lrs: 
 
 
 def _solve(
-    head: ClosedFormHead, x: FeatureRows, y: Tensor, job: Job, n_classes: int, metric: str | Metric
+    head: ClosedFormHead, x: FeatureRows, y: Tensor, job: Job, target: Target, metric: str | Metric
 ) -> TrainedModel:
     """Solve one head; without a model where features or outputs are not finite."""
     train, held = x.gather(job.train), x.gather(job.val) if len(job.val) else None
@@ -357,13 +372,13 @@ def _solve(
     failed = TrainedModel({}, diverged=True)
     if not all(torch.isfinite(features).all() for features in [*train.values(), *(held or {}).values()]):
         return failed
-    solved = head.solve(train, labels, held, held_labels if held else None, n_classes, metric)
+    solved = head.solve(train, labels, held, held_labels if held else None, target.outputs, metric)
     if held is None:
         return TrainedModel(solved.params, chosen=solved.chosen)
     logits = predict_logits(head, solved.params, x, job.val)
     if not np.isfinite(logits).all():
         return failed
-    value = scorer(metric, held_labels.cpu().numpy(), n_classes)(logits)
+    value = scorer(metric, held_labels.cpu().numpy(), target)(logits)
     return TrainedModel(solved.params, val_score=value, chosen=solved.chosen)
 
 
@@ -394,7 +409,7 @@ def logits_of_sets(
             for start in range(0, len(chunk.places), _ROWS):
                 part = slice(start, start + _ROWS)
                 shared = {b: f[None, part].expand(heads.stop - first, -1, -1) for b, f in chunk.x.items()}
-                logits = head.apply(some, shared, None).float().cpu().numpy()
+                logits = finish(some, head.apply(some, shared, None)).float().cpu().numpy()
                 if not found[k].size:
                     found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
                 found[k][heads, chunk.places[part].numpy()] = logits
@@ -408,19 +423,19 @@ class FittedHead:
     head: Head
     trained: TrainedModel
     dims: dict[str, int]  # features it was trained on, in their order
-    n_classes: int
+    target: Target
 
     def predict_proba(self, x: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
-        """Class probabilities, float64 of shape (n, C), from features of shape (n, D) of each backbone."""
+        """Probabilities, or numbers, float64 of shape (n, C), from features of shape (n, D) of each backbone."""
         features = _tensors(x)
         found = {backbone: features[backbone].shape[1] for backbone in self.dims if backbone in features}
         if found != self.dims:
             raise ValueError(f"features of {self.dims} are needed, not of {found}")
         n = len(next(iter(features.values())))
         if n == 0:
-            return np.zeros((0, self.n_classes))
+            return np.zeros((0, self.target.outputs))
         chosen = {backbone: features[backbone] for backbone in self.dims}
-        return softmax(predict_logits(self.head, self.trained.params, chosen, torch.arange(n)))
+        return self.target.predicted(predict_logits(self.head, self.trained.params, chosen, torch.arange(n)))
 
 
 def fit(
@@ -433,11 +448,13 @@ def fit(
     metric: str | None = None,
     seed: int = 0,
     schedule: Schedule | None = None,
+    target: Target | None = None,
 ) -> FittedHead:
-    """Train or solve one head on arrays: raw features (n, D) of each backbone and labels (n,) of 0 … C − 1.
+    """Train or solve one head on arrays: raw features (n, D) of each backbone and values as its target has them.
 
-    Validation rows choose the epoch, or the solution; without them the head trains for all epochs. The default metric
-    is AUC (of more than two classes macro AUC), the default schedule that of the protocol.
+    Without a target y are labels (n,) of 0 … C − 1. Validation rows choose the epoch, or the solution; without them the
+    head trains for all epochs. The default metric is the target's (of more than two classes macro AUC), the default
+    schedule that of the protocol.
 
     Raises
     ------
@@ -446,22 +463,23 @@ def fit(
     ValueError
         No backbone, no rows, or lengths that differ.
     """
-    labels, val_labels = np.asarray(y, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    labels = np.asarray(y) if target is not None else np.asarray(y, dtype=np.int64)
+    of = target or as_target(int(labels.max(initial=0)) + 1)
+    val_labels = of.blank(0)
     features = _tensors(x)
-    n, n_classes = len(labels), int(labels.max(initial=0)) + 1
+    n = len(labels)
     if x_val is not None:
-        val_labels, held = np.asarray(y_val, dtype=np.int64), _tensors(x_val)
+        val_labels, held = np.asarray(y_val, dtype=labels.dtype), _tensors(x_val)
         features = {backbone: torch.cat([f, held[backbone]]) for backbone, f in features.items()}
     if not features or n == 0 or any(len(f) != n + len(val_labels) for f in features.values()):
         raise ValueError(f"{n} labels and {len(val_labels)} validation labels do not fit the features")
     both = np.concatenate([labels, val_labels])
     plan = schedule or Schedule()
-    job = make_job(both, np.arange(n), np.arange(n, len(both)), n_classes, f"{seed}\0fit", plan.lr)
-    chosen = metric or ("auc" if n_classes == 2 else "macro_auc")
-    (trained,) = train_heads(head, features, torch.from_numpy(both), [job], n_classes, chosen, plan)
+    job = make_job(both, np.arange(n), np.arange(n, len(both)), of, f"{seed}\0fit", plan.lr)
+    (trained,) = train_heads(head, features, torch.from_numpy(both), [job], of, metric or of.metric, plan)
     if not trained.params:
         raise diverged_error("the head", None if isinstance(head, ClosedFormHead) else plan.lr)
-    return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, n_classes)
+    return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, of)
 
 
 def _tensors(x: Mapping[str, ArrayLike]) -> dict[str, Tensor]:

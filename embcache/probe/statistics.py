@@ -25,6 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 from embcache.errors import check_number
 from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, log_odds
 from embcache.runs.result import Estimate
+from embcache.targets import Target, make_target
+from embcache.targets.target import BoolArray
 
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 20_210_823  # one for all results: two rows on the same test set are compared on the same resamples
@@ -32,55 +34,69 @@ BOOTSTRAP_SEED = 20_210_823  # one for all results: two rows on the same test se
 FEWEST_GROUPS = 5  # with fewer (of a class, for metrics that score each class) there is no interval
 LARGEST_OVERLAP = 0.9  # above it, models that share training rows say too little about a newly trained one
 NOTHING = 1e-24  # a variance that is rounding
-_BLOCK = 100  # resamples drawn and scored at a time
+_BLOCK, _CELLS = 100, 20_000_000  # resamples drawn and scored at a time; weights of values that are held
 
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """Labels and groups of the rows that models are scored on."""
+    """Values and groups of the rows that models are scored on."""
 
     __test__ = False  # not a test case of pytest
 
-    labels: IntArray  # (n,)
+    labels: NDArray[Any]  # (n,), or (n, L) of findings
     groups: NDArray[Any]  # (n,); patient, slide … of each row
     class_names: tuple[str, ...]
     positive: int = 1  # class that asymmetric metrics of two classes are of
+    target: Target | None = None  # by default classes
+
+    @property
+    def task(self) -> Target:
+        """What is predicted."""
+        return self.target or make_target("classes", self.class_names)
 
     def too_few(self, metric: Metric) -> str:
         """Why there is no interval: depends on counts of groups alone. Empty where there is one."""
-        classes = self.scored(metric)
-        counts = self._groups(classes)
-        names = [f" of {self.class_names[c]}" for c in classes] if metric.per_class else [""]
-        few = [f"{count}{name}" for count, name in zip(counts, names, strict=True) if count < FEWEST_GROUPS]
+        sides = self.sides(metric)
+        few = [
+            f"{count}{name}" for (name, _), count in zip(sides, self._groups(sides), strict=True)
+            if count < FEWEST_GROUPS
+        ]  # fmt: skip
         if few:
             return f"too few patients: {', '.join(few)}, {FEWEST_GROUPS} needed"
-        one_sided = metric.per_class and len(classes) == 1 and metric.ratio is None
-        return f"only images of {self.class_names[classes[0]]}" if one_sided else ""
+        one_sided = metric.per_class and len(sides) == 1 and metric.ratio is None
+        return f"only images{sides[0][0]}" if one_sided else ""
 
-    def _counts(self, classes: Sequence[int]) -> list[NDArray[np.int64]]:
-        """Images of each group of each class; of no classes those of all groups."""
-        sides = [self.labels == c for c in classes] or [np.ones(len(self.labels), dtype=bool)]
-        return [np.unique(self.groups[side], return_counts=True)[1] for side in sides]
+    def _groups(self, sides: Sequence[tuple[str, BoolArray]]) -> list[int]:
+        return [len(np.unique(self.groups[rows])) for _, rows in sides]
 
-    def _groups(self, classes: Sequence[int]) -> list[int]:
-        return [len(counts) for counts in self._counts(classes)]
-
-    def scored(self, metric: Metric) -> list[int]:
-        """Classes that need enough groups each; none where the groups are counted in total."""
-        if not metric.per_class:
-            return []
+    def sides(self, metric: Metric) -> list[tuple[str, BoolArray]]:
+        """Rows that need enough groups each, in words: of each class, with and without each finding; or all."""
+        names, y = self.class_names, self.labels
+        if not metric.per_class or y.dtype.kind == "f":
+            return [("", np.ones(len(y), dtype=bool))]
+        if y.ndim == 2:
+            words = {1: "with", 0: "without"}
+            scored = [(name, of) for name, of in zip(names, y.T, strict=True) if {0, 1} <= set(of.tolist())]
+            return [(f" {words[v]} {name}", of == v) for name, of in scored for v in (1, 0)]
         if metric.key in ("sensitivity", "specificity"):
-            return [self.positive if metric.key == "sensitivity" else 1 - self.positive]
-        return [0, 1] if len(self.class_names) == 2 else np.unique(self.labels).tolist()
+            classes = [self.positive if metric.key == "sensitivity" else 1 - self.positive]
+        else:
+            classes = [0, 1] if len(names) == 2 else np.unique(y).tolist()
+        return [(f" of {names[c]}", y == c) for c in classes]
 
     def df(self, metric: Metric) -> float:
-        """Degrees of freedom of a bootstrap: Satterthwaite's of a variance 1/n from each class's n groups."""
-        n = np.maximum(2.0, self._groups(self.scored(metric)))
+        """Degrees of freedom of a bootstrap: Satterthwaite's of a variance 1/n from each side's n groups."""
+        n = np.maximum(2.0, self._groups(self.sides(metric)))
         return float((1 / n).sum() ** 2 / (1 / (n**2 * (n - 1))).sum())
 
-    def alike(self, classes: Sequence[int]) -> list[float]:
-        """(Σm)²/Σm² of each class, for groups of m images: how many images there are if those of a group are alike."""
-        return [_alike(counts) for counts in self._counts(classes)]
+    def alike(self, metric: Metric) -> float:
+        """(Σm)²/Σm² for groups of m images: how many images there are if those of a group are alike; the fewest."""
+        return min(alike_images(self.groups[rows]) for _, rows in self.sides(metric))
+
+
+def alike_images(groups: NDArray[Any]) -> float:
+    """`TestSet.alike` of the groups of some images."""
+    return _alike(np.unique(groups, return_counts=True)[1])
 
 
 def _alike(images: NDArray[Any]) -> float:
@@ -119,11 +135,15 @@ def sample(metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int =
     if metric.interval == "proportion":
         return _proportion_scores(metric, test, values, z, group)
     draws, lost = [], 0
-    present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
+    if test.task.kind in ("findings", "number"):
+        present = np.stack([rows for _, rows in test.sides(metric)], axis=1).astype(np.float64)
+    else:
+        present = np.stack([test.labels == c for c in np.unique(test.labels)], axis=1).astype(np.float64)
+    block = max(1, min(_BLOCK, _CELLS // max(1, test.labels.size)))
     rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
     check_number("resamples", resamples, 1, 1_000_000)
-    for start in range(0, resamples, _BLOCK):
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=_BLOCK)
+    for start in range(0, resamples, block):
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=block)
         weights = drawn[: resamples - start, group].astype(np.float64)
         lost += int((weights @ present == 0).any(axis=1).sum())
         draws.append(np.stack([form(weights) for form in forms]))
@@ -141,30 +161,39 @@ def deviations(draws: FloatArray, df: float) -> FloatArray:
 
 def _auc_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray, group: IntArray) -> Scores:
     """(Macro) AUC: DeLong's placement values summed by group, and the Hanley–McNeil variance of each class's AUC."""
-    odds = log_odds(z)
-    classes = [test.positive] if metric.key == "auc" else np.unique(test.labels).tolist()
+    findings = test.labels.ndim == 2
+    every = np.arange(len(test.labels))
+    if findings:
+        parts = [(np.flatnonzero(y >= 0), y == 1, z[:, :, c]) for c, y in enumerate(test.labels.T)]
+    else:
+        odds, present = log_odds(z), np.unique(test.labels).tolist()
+        classes = [test.positive] if metric.key == "auc" else present
+        parts = [(every, test.labels == c, odds[:, :, c]) for c in classes]
+    parts = [(rows, positive, scores) for rows, positive, scores in parts if 0 < positive[rows].sum() < len(rows)]
+    scored = len(parts) if findings else len(classes)
     influence, plain, sizes = np.zeros(z.shape[:2]), 0.0, []
-    for c in classes:
-        positive = test.labels == c
+    for rows, side, scores in parts:
+        positive = side[rows]
         m, n = int(positive.sum()), int((~positive).sum())
-        if not m or not n:
-            continue
-        placed = np.stack([auc_placements(positive, scores) for scores in odds[:, :, c]])
-        own = (placed - placed[:, positive].mean(1, keepdims=True)) / np.where(positive, m, n) / len(classes)
-        influence += own
-        for side in (positive, ~positive):
-            plain += float((own.mean(0)[side] ** 2).sum()) * side.sum() / max(1, side.sum() - 1)
+        placed = np.stack([auc_placements(positive, some) for some in scores[:, rows]])
+        own = (placed - placed[:, positive].mean(1, keepdims=True)) / np.where(positive, m, n) / scored
+        influence[:, rows] += own
+        for part in (positive, ~positive):
+            plain += float((own.mean(0)[part] ** 2).sum()) * part.sum() / max(1, part.sum() - 1)
         sizes.append((m, n))
 
     def null(auc: float) -> float:
-        return sum(hanley_mcneil(auc, m, n) for m, n in sizes) / len(classes) ** 2
+        return sum(hanley_mcneil(auc, m, n) for m, n in sizes) / max(1, scored) ** 2
 
-    moves, df = _by_group(influence, group, test.labels)
+    # The rows of a finding are of both sides of others, so that all are one part.
+    moves, df = _by_group(influence, group, np.zeros(len(group), dtype=np.int64) if findings else test.labels)
     v, usual = float((moves.mean(0) ** 2).sum()), min(plain, null(float(values.mean()))) if sizes else 0.0
     if metric.key != "auc" and usual > 0:
         return Scores(metric, test, values, moves, min(df, _df_of_few(moves.mean(0))))
-    present, counts = np.unique(test.labels, return_counts=True)
-    alike = max(n / m for n, m in zip(counts, test.alike(present.tolist()), strict=True))
+    sides = [rows[positive[rows] == v] for rows, positive, _ in parts for v in (True, False)] if findings else [
+        np.flatnonzero(test.labels == c) for c in present
+    ]  # fmt: skip
+    alike = max((len(rows) / alike_images(test.groups[rows]) for rows in sides), default=1.0)
     # DeLong's variance vanishes at a perfect score, Hanley and McNeil's is wrong for scores of unequal spread.
     return Scores(metric, test, values, moves, df, null=null, effect=max(1.0, v / usual) if usual > 0 else alike)
 
@@ -251,17 +280,18 @@ def _first_interval(scores: Scores, v: float) -> tuple[float, float] | None:
     if scores.null is not None:
         null, effect = scores.null, scores.effect
         return _score_interval(mean, lambda true: effect * null(true), t)
-    if not math.isfinite(high):
-        if v <= NOTHING:
+    if not math.isfinite(high - low):
+        bound, sign = (low, 1.0) if math.isfinite(low) else (high, -1.0)  # from the bound that there is
+        if v <= NOTHING or mean == bound:
             return None
-        half = t * math.sqrt(v) / (mean - low)
-        return low + (mean - low) * math.exp(-half), low + (mean - low) * math.exp(half)
+        half = sign * t * math.sqrt(v) / (mean - bound)
+        return bound + (mean - bound) * math.exp(-half * sign), bound + (mean - bound) * math.exp(half * sign)
     share = (mean - low) / (high - low)
     if 0 < share < 1 and v > NOTHING:
         center, half = math.log(share / (1 - share)), t * math.sqrt(v) / (high - low) / (share * (1 - share))
         ends = tuple(1 / (1 + math.exp(-center - side * half)) for side in (-1, 1))
     else:  # no resample differs: as wide as that of a proportion of the fewest groups' images that are all alike
-        n = min(scores.test.alike(scores.test.scored(scores.metric)))
+        n = scores.test.alike(scores.metric)
         ends = _score_interval(share, lambda true: true * (1 - true) / n, t)
     return low + (high - low) * ends[0], low + (high - low) * ends[1]
 

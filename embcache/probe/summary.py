@@ -19,7 +19,7 @@ from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
 from embcache.probe.heads import imbalance
-from embcache.probe.metrics import FloatArray, check_order, evaluate, find_metric, known, positive_class, score, softmax
+from embcache.probe.metrics import FloatArray, check_order, evaluate, find_metric, known, positive_class, score
 from embcache.probe.predictions import (
     Adjust,
     Adjustment,
@@ -30,9 +30,11 @@ from embcache.probe.predictions import (
     prevalence_vector,
 )
 from embcache.probe.protocol import Splits
-from embcache.probe.schedule import diverged_error, is_balanced, seen_shares
+from embcache.probe.schedule import diverged_error
 from embcache.probe.statistics import training_overlap
 from embcache.runs.folders import FoldResult, Result, load_predictions, replace_result, run_id, runs_dir
+from embcache.targets import Target
+from embcache.targets.labels import is_balanced
 
 if TYPE_CHECKING:
     from embcache.probe.stack import Head
@@ -76,14 +78,14 @@ class RunCell:
     ) -> Outcome:
         """How one fold went: ``val_score`` as training has it, which negates a loss; ``training`` as `FoldResult`."""
         train, held = self.parts(number)
-        names = self.dataset.class_names
+        task = self.dataset.task
         fold = FoldResult(
             fold=number, score=None, val_score=None, n_train=len(train), n_val=len(held), metrics={},
             repeat=number // self.splits[0].n_folds,
-            seen=seen_shares(self.splits[0].labels[train], len(names), self.head.weighs), **training,
+            seen=task.seen(self.splits[0].labels[train], self.head.weighs), **training,
         )  # fmt: skip
         if val_score is not None and not fold.failed:
-            sign = -1.0 if find_metric(str(self.request["metric"]), len(names)).loss else 1.0
+            sign = -1.0 if find_metric(str(self.request["metric"]), task).loss else 1.0
             fold = replace(fold, val_score=sign * val_score)
         return Outcome(fold, test, val)
 
@@ -101,7 +103,7 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> 
     """Score every fold's test predictions and put the result together."""
     ds, plan, request = cell.dataset, cell.splits[0], cell.request
     labels, names = plan.labels[plan.test], tuple(ds.class_names)
-    known = labels >= 0
+    known = ds.task.known(labels)
     folds = tuple(outcome.fold for outcome in outcomes)
     made = [fold.fold for fold in folds if not fold.failed]
     if not made:
@@ -118,9 +120,26 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> 
         recipes=dict(cell.recipes), overlap=training_overlap([cell.parts(f)[0] for f in made]),
     )  # fmt: skip
     logits = np.stack([outcomes[f].test[known] for f in made])
-    test = Predictions(plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], logits, names)
+    test = Predictions(
+        plan.ids[plan.test][known], plan.groups[plan.test][known], labels[known], logits, names, target=result.task
+    )
     result = scored(result, test, cell.positive)
+    if known.any():
+        result = replace(result, baseline=_baseline(cell, [cell.parts(f)[0] for f in made], test, result))
     return replace(result, notes=(*result.notes, *training_notes(result)))
+
+
+def _baseline(
+    cell: RunCell, trained: Sequence[NDArray[np.int64]], test: Predictions, result: Result
+) -> dict[str, float | None]:
+    """Scores of what training rows say without features: of findings and numbers, whose scale is not known without."""
+    keys = {"findings": ("auprc", "micro_auprc", "brier"), "number": ("mae", "rmse", "r2")}.get(test.task.kind, ())
+    y = cell.splits[0].labels
+    each = [test.task.baseline(y[rows], test.labels) for rows in trained]
+    return {
+        key: _mean([known(score(key, test.labels, z, 1, test.task)) for z in each])
+        for key in dict.fromkeys((*keys, *([result.metric] if keys else [])))
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -132,19 +151,23 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
     """A result with every score of its predictions of labeled test images; ``positive`` names the positive class."""
     names, metric = result.class_names, result.metric
     number = positive_class(names, positive)
-    shown = names[number] if len(names) == 2 or positive is not None else ""
+    shown = names[number] if _has_positive(result.task) or positive is not None else ""
     if not len(predictions.labels):
         return replace(result, positive=shown)
     found = replace(predictions, positive=number, overlap=result.overlap, folds=_folds(result))
-    each = iter([evaluate(metric, found.labels, z, number) for z in found.logits])
+    each = iter([evaluate(metric, found.labels, z, number, found.task) for z in found.logits])
     metrics: list[dict[str, Any]] = [{} if fold.failed else next(each) for fold in result.folds]
     estimate = found.estimate(metric)
     return replace(
         result, mean=known(estimate.mean), std=known(estimate.std), interval=estimate.interval,
         folds=tuple(replace(f, score=m.get("score"), metrics=m) for f, m in zip(result.folds, metrics, strict=True)),
-        estimate=estimate, positive=shown, test_counts=tuple(np.bincount(found.labels, minlength=len(names)).tolist()),
+        estimate=estimate, positive=shown, test_counts=found.task.counts(found.labels),
         ensemble=ensemble_scores(found, metric), by_group=grouped_scores(found, metric),
     )  # fmt: skip
+
+
+def _has_positive(task: Target) -> bool:
+    return len(task.names) == 2 and task.kind not in ("findings", "number")
 
 
 def _folds(result: Result) -> int:
@@ -165,8 +188,8 @@ def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
     """A saved result, if it has test scores, by another metric on test and validation; its own chose its epochs."""
     if metric == result.metric:  # whose package may be gone
         return result
-    found_metric = find_metric(metric, len(result.class_names))
-    check_order(found_metric, result.class_names)
+    found_metric = find_metric(metric, result.task)
+    check_order(found_metric, result.task)
     key = found_metric.key
     if key == result.metric or result.mean is None or result.kind == "kaggle":
         return result
@@ -176,22 +199,22 @@ def in_metric(result: Result, metric: str, home: PathLike | None) -> Result:
         held = load_validation(result, run)
     except StoreError:  # one damaged file must not end a listing; the test scores are there
         held = []
-    each = iter([known(score(key, v.labels, v.logits[0], v.positive)) for v in held])
+    each = iter([known(score(key, v.labels, v.logits[0], v.positive, v.task)) for v in held])
     folds = tuple(replace(fold, val_score=None if fold.failed else next(each, None)) for fold in found.folds)
     return replace(found, folds=folds, val_mean=_mean([fold.val_score for fold in folds]))
 
 
 def load_run_predictions(result: Result, run: Path) -> Predictions:
     """Predictions of a run for its labeled test images, ascending by id."""
-    table = load_predictions(run)
-    table = table[table["label"] >= 0].sort_values(["fold", "id"], kind="stable")
-    rows = [part[["id", "label"]].to_numpy(dtype=object) for _, part in table.groupby("fold")]
-    each: Any = rows[0][:, 1].astype(np.int64) if rows else []
-    counts = tuple(np.bincount(each, minlength=len(result.class_names)).tolist())
-    if not rows or not all(np.array_equal(part, rows[0]) for part in rows) or counts != (result.test_counts or counts):
+    task, table = result.task, load_predictions(run)
+    table = table[task.known(_values(table, task))].sort_values(["fold", "id"], kind="stable")
+    rows = [(part["id"].to_numpy(), _values(part, task)) for _, part in table.groupby("fold")]
+    counts = task.counts(rows[0][1] if rows else task.blank(0))
+    same = all(np.array_equal(a, b) for part in rows for a, b in zip(part, rows[0], strict=True))
+    if not rows or not same or counts != (result.test_counts or counts):
         raise StoreError(
             "a run's predictions are not those that its result was made of", code="run-damaged",
-            expected=f"test images of each class {result.test_counts}, the same of every fold",
+            expected=f"test images of each {task.noun} {result.test_counts}, the same of every fold",
             found=f"{counts}, {len(rows)} folds", where=run / "predictions.parquet",
             fix="make the run again: embcache probe --again …",
         )  # fmt: skip
@@ -200,14 +223,21 @@ def load_run_predictions(result: Result, run: Path) -> Predictions:
 
 def _predictions(result: Result, table: pd.DataFrame) -> Predictions:
     """A run's table of predictions, whose folds have the same rows in the same order."""
-    one = table[table["fold"] == table["fold"].min()]
+    one, task = table[table["fold"] == table["fold"].min()], result.task
     names = result.class_names
-    logits = table[[f"logit_{c}" for c in range(len(names))]].to_numpy(dtype=np.float64)
+    logits = table[[f"logit_{c}" for c in range(task.outputs)]].to_numpy(dtype=np.float64)
     return Predictions(
-        ids=one["id"].to_numpy(dtype=object), groups=one["group"].to_numpy(dtype=object),
-        labels=one["label"].to_numpy(dtype=np.int64), logits=logits.reshape(-1, len(one), len(names)),
-        class_names=names, positive=positive_class(names, result.positive or None),
+        ids=one["id"].to_numpy(dtype=object), groups=one["group"].to_numpy(dtype=object), labels=_values(one, task),
+        logits=logits.reshape(-1, len(one), task.outputs), class_names=names,
+        positive=positive_class(names, result.positive or None), target=task,
     )  # fmt: skip
+
+
+def _values(table: pd.DataFrame, task: Target) -> NDArray[Any]:
+    """The values of a table of predictions: ``label``, of findings ``label_0 …``."""
+    if task.kind == "findings":
+        return table[[f"label_{c}" for c in range(task.outputs)]].to_numpy(dtype=np.int64)
+    return table["label"].to_numpy(dtype=np.float64 if task.kind == "number" else np.int64)
 
 
 def load_validation(result: Result, run: Path) -> list[Predictions]:
@@ -278,13 +308,17 @@ def training_notes(result: Result) -> list[str]:
 
 
 def prediction_table(cell: RunCell, outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """Test predictions, ``id, label, group, fold, p_0 …, logit_0 …``; a fold without a model has none."""
+    """Test predictions, ``id, label, group, fold, p_0 …, logit_0 …``; a fold without a model has none.
+
+    Of findings labels are ``label_0 …``; a number has ``prediction`` in the place of probabilities.
+    """
     plan, made = cell.splits[0], [outcome for outcome in outcomes if not outcome.fold.failed]
     table = pd.concat([_rows(plan, plan.test, one.fold.fold, one.test) for one in made], ignore_index=True)
-    n_classes = len(cell.dataset.class_names)
-    p = softmax(table[[f"logit_{c}" for c in range(n_classes)]].to_numpy())
-    for c in range(n_classes):
-        table.insert(4 + c, f"p_{c}", p[:, c])
+    task = cell.dataset.task
+    p = task.predicted(table[[f"logit_{c}" for c in range(task.outputs)]].to_numpy())
+    first = table.columns.tolist().index("logit_0")
+    for c in range(task.outputs):
+        table.insert(first + c, "prediction" if task.kind == "number" else f"p_{c}", p[:, c])
     return table
 
 
@@ -300,7 +334,9 @@ def validation_table(cell: RunCell, outcomes: Sequence[Outcome]) -> pd.DataFrame
 
 def _rows(plan: Splits, rows: NDArray[np.int64], fold: int, logits: FloatArray) -> pd.DataFrame:
     columns = {f"logit_{c}": column for c, column in enumerate(np.asarray(logits, dtype=np.float64).T)}
-    about = {"id": plan.ids[rows], "label": plan.labels[rows], "group": plan.groups[rows]}
+    y = plan.labels[rows]
+    values = {"label": y} if y.ndim == 1 else {f"label_{c}": column for c, column in enumerate(y.T)}
+    about = {"id": plan.ids[rows], **values, "group": plan.groups[rows]}
     return pd.DataFrame({**about, "fold": np.full(len(rows), fold, dtype=np.int64), **columns})
 
 
@@ -311,7 +347,12 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[s
     if not plan.test_labeled:
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
-    if not all(is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)):
+    if ds.task.kind == "findings":
+        weights = "weighs present findings by absent to present" if ds.task.loss == "weighted-bce" else "has no weights"
+        notes.append(f"findings that are not known are left out of loss and scores; the loss {weights}")
+    elif ds.task.kind != "number" and not all(
+        is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)
+    ):
         notes.append(f"subset {subset}: classes are not balanced: {imbalance(head)}")
     return notes
 

@@ -404,9 +404,9 @@ def _joined(one: Scores, other: Scores) -> FloatArray:
 def _unseen(scores: Scores) -> float:
     """Squared standard error of a share of 0 among the images that would remain if those of a group were alike."""
     metric, test = scores.metric, scores.test
-    if not math.isfinite(metric.high):
+    if not math.isfinite(metric.high - metric.low):
         return 0.0
-    share = wilson(0.0, min(test.alike(test.scored(metric))))[1] / t_quantile(0.95, math.inf)
+    share = wilson(0.0, test.alike(metric))[1] / t_quantile(0.95, math.inf)
     return ((metric.high - metric.low) * share) ** 2
 
 
@@ -416,6 +416,8 @@ def _difference_df(one: Scores, other: Scores, contrast: FloatArray, moves: Floa
         return min(one.df, other.df)
     test = one.test
     apart, names = contrast @ moves, np.unique(np.asarray(test.groups))
+    if test.labels.ndim == 2:  # all rows are one part
+        return max(1.0, len(names) - 1.0)
     parts = []
     for c in np.unique(test.labels):
         own = np.isin(names, test.groups[test.labels == c])

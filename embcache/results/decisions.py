@@ -487,7 +487,7 @@ def describe(
             asked, unknown = [*USUAL], [f"the run's own score was not measured again: {error.problem}"]
     measures = [find_metric(m, len(names)) for m in asked]
     for measure in measures if metrics else ():
-        check_order(measure, names)
+        check_order(measure, result.task)
     keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names))
     found = Described(
         result,

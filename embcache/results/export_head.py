@@ -32,6 +32,7 @@ FORMULAS: Mapping[str, str] = {
     "linear": "logits = classifier(x)",
     "mlp": "logits = classifier(relu(hidden(x)))",
     "logreg": f"{_STANDARD}; logits = classifier(z)",
+    "ridge": f"{_STANDARD}; logits = classifier(z)",
     "concat": f"{_STANDARD} of each backbone B; logits = classifier([z of each backbone, side by side])",
     "knn": f"{_STANDARD}, scaled to length 1; votes = softmax of the k largest (z · bank.features row) / temperature; "
     "logits = log(max(votes · bank.labels rows, 1e-12))",
@@ -83,6 +84,16 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
     return ExportedHead(folder, about)
 
 
+def _finish(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What follows the head, where its target adds parameters."""
+    if "target.scale" in tensors:
+        return "; number = logits * target.scale + target.mean"
+    if "target.first" in tensors:
+        gaps = ", then target.first + cumsum(exp(target.gaps))" if "target.gaps" in tensors else ""
+        return f"; cuts = target.first{gaps}; P(class <= c) = sigmoid(cuts[c] - logits)"
+    return ""
+
+
 def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     options = dict(result.request["head"])
     name = str(options.pop("name"))
@@ -99,10 +110,14 @@ def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) ->
         "val_score": result.folds[fold].val_score,
         "test_score": result.folds[fold].score,
         "class_names": list(result.class_names),
+        "task": result.task.kind,
+        "loss": result.task.loss,
         "head": {"name": name, **asdict(head)},  # type: ignore[call-overload]
-        "formula": FORMULAS.get(name) or cleandoc(type(head).__doc__ or ""),
+        "formula": (FORMULAS.get(name) or cleandoc(type(head).__doc__ or "")) + _finish(tensors),
         "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
-        "probabilities": "softmax(logits) over the last axis",
+        "probabilities": {"findings": "sigmoid(logits)", "number": "none: logits are the numbers"}.get(
+            result.task.kind, "softmax(logits) over the last axis"
+        ),
         # the order matters to heads that fuse
         "backbones": [
             {"name": b, "fingerprint": fingerprints.get(b), "recipe": result.recipes.get(b)} for b in result.backbones

@@ -191,6 +191,9 @@ def _readable(run: Path) -> Result | None:
 def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     """Test predictions of a run: ``id, label, group, fold, p_0 …, logit_0 …``; label −1 where it is not known.
 
+    Of findings there are ``label_0 …``; of a number ``label`` is NaN where it is not known, and ``prediction`` stands
+    for probabilities.
+
     A fold whose training failed has no rows. ``name="validation"``: those of the rows that chose each model.
     """
     import pyarrow as pa
@@ -199,25 +202,31 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     try:
         table: pd.DataFrame = open_parquet(read_regular(run_file(run, path.name)))[1].to_pandas()
         content = _content(run)
-        _check_predictions(table, len(content["class_names"]), len(content["folds"]))
+        kind = content["request"].get("task", {}).get("kind", "classes")
+        _check_predictions(table, len(content["class_names"]), len(content["folds"]), kind)
         return table
     except (pa.ArrowException, ValueError, OSError) as error:
         raise _bad_file(path, error) from error
 
 
-def _check_predictions(table: pd.DataFrame, classes: int, folds: int) -> None:
+def _check_predictions(table: pd.DataFrame, classes: int, folds: int, kind: str) -> None:
     """Raise a ValueError where predictions are not of their types: in a shared home any user may have written them."""
     logits = [f"logit_{c}" for c in range(classes)]
+    labels = [f"label_{c}" for c in range(classes)] if kind == "findings" else ["label"]
     numbers = [name for name in table.columns if str(name).startswith(("p_", "logit_"))]
-    if lacking := [name for name in ("id", "group", "label", "fold", *logits) if name not in table]:
+    if lacking := [name for name in ("id", "group", *labels, "fold", *logits) if name not in table]:
         raise ValueError(f"no column {lacking[0]!r}")
     for name in ("id", "group"):
         if not all(isinstance(value, str) for value in table[name].tolist()):
             raise ValueError(f"{name} is no text")
-    for name, low, high in (("label", -1, classes), ("fold", 0, folds)):
+    most = 2 if kind == "findings" else classes
+    whole = [(name, -1, most) for name in labels if kind != "number"]
+    for name, low, high in (*whole, ("fold", 0, folds)):
         values = table[name].to_numpy()
         if values.dtype.kind not in "iu" or not ((values >= low) & (values < high)).all():
             raise ValueError(f"{name} is not a number from {low} to {high - 1}")
+    if kind == "number" and (table["label"].dtype.kind != "f" or np.isinf(table["label"]).any()):
+        raise ValueError("label is not a number")
     for name in numbers:
         values = table[name].to_numpy()
         if values.dtype.kind != "f" or not np.isfinite(values).all():

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Required, TypedDict
 
-from embcache.errors import first_few, printable
+from embcache.errors import UsageError, first_few, printable
 from embcache.notebook import html_table
 from embcache.sealed import canonical_json, plain, typed
+from embcache.targets import Target, make_target
 
 _METRIC = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # no colon: no module is imported that only a file names
 
@@ -24,6 +25,7 @@ class _Measured(TypedDict, total=False):
     absent_classes: list[int]
     predicted: list[int]
     per_class_auc: list[float | None]
+    per_class_auprc: list[float | None]
 
 
 class _Scores(TypedDict, total=False):
@@ -34,6 +36,7 @@ class _Scores(TypedDict, total=False):
 class _ByGroup(_Scores, total=False):
     why: str
     groups: int
+    mixed: int
     ensemble: _Scores
 
 
@@ -57,6 +60,7 @@ class _Request(TypedDict, total=False):
     recipes: list[tuple[str, str]]
     schedule: Mapping[str, float | str | None]
     classes: Mapping[str, Any]
+    task: Mapping[str, str]
     lr: list[float] | float
     target: str
     run: str
@@ -163,11 +167,19 @@ class Result:
     estimate: Estimate | None = None  # ``mean`` with both its intervals and what they are made of
     positive: str = ""  # class that asymmetric metrics refer to; of more than two only where one was given
     overlap: float | None = None  # mean share of training images that two models have in common
-    test_counts: tuple[int, ...] = ()  # scored test images of each class
+    test_counts: tuple[int, ...] = ()  # scored test images of each class, with each finding, or with a number
     # of the mean of the models' probabilities, as in ``predict``: ``estimate``, ``metrics`` as `FoldResult` has them
     ensemble: Mapping[str, Any] = field(default_factory=dict)
-    # by patient (mean of probabilities over a group): ``groups``, ``estimate``, ``ensemble``, or ``why`` there are none
+    # by patient: ``groups``, ``estimate``, ``ensemble``, ``mixed`` (left out), or ``why`` there are none
     by_group: Mapping[str, Any] = field(default_factory=dict)
+    # scores by the run's metric and others of what training rows say without features, mean over folds
+    baseline: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Target:
+        """What is predicted: classes unless the request says otherwise."""
+        of = self.request.get("of", self.request).get("task", {})
+        return make_target(of.get("kind", "classes"), self.class_names, (), of.get("loss", ""))
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -184,7 +196,7 @@ class Result:
     @property
     def majority(self) -> tuple[str, float] | None:
         """The most frequent class of the test set and its share, which is the accuracy of always predicting it."""
-        if not sum(self.test_counts):
+        if not sum(self.test_counts) or self.task.kind in ("findings", "number"):
             return None
         most = max(self.test_counts)
         return self.class_names[self.test_counts.index(most)], most / sum(self.test_counts)
@@ -216,6 +228,10 @@ class Result:
         typed(_Scores, found.ensemble, "ensemble")
         typed(_ByGroup, found.by_group, "by_group")
         typed(Mapping[str, _Recipe], found.recipes, "recipes")
+        try:
+            _ = found.task
+        except UsageError as error:
+            raise ValueError(error.problem[:200]) from error
         if not _METRIC.fullmatch(found.metric):
             raise ValueError(f"a metric called {found.metric!r}"[:200])
         if found.positive and found.positive not in found.class_names:

@@ -206,7 +206,7 @@ def make_models(kind: str, head: str, backbones: Sequence[str], seed: int | None
 
 _MOST_COLUMNS = 5  # models beside each other, as in the paper
 _MOST_BYTES = 1 << 20
-_REF_KEYS = [f.name for f in fields(DatasetRef) if f.name != "target"]
+_REF_KEYS = [f.name for f in fields(DatasetRef)]
 _KEYS = [*(f.name for f in fields(StudyConfig)), *_REF_KEYS]
 
 

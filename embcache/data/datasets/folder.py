@@ -288,7 +288,8 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
     may have other names that are usual, which notes name.
     """
     given, notes = open_table(file)
-    found, more = find_columns(given, ref, where=file)
+    required = ("path",) if ref.target else ("path", "label")  # columns may hold what is predicted
+    found, more = find_columns(given, ref, where=file, required=required)
     notes += more
     if given.empty:
         raise DatasetError("a label file has no rows", code="table-empty", expected="one row per image", where=file)
@@ -313,7 +314,7 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
             f"unknown split in {len(unknown):,} rows", code="unknown-split", expected="train, val or test",
             found=first_few(unknown), where=file,
         )  # fmt: skip
-    labels = given[found["label"]].tolist()
+    labels = given[found["label"]].tolist() if "label" in found else [""] * len(ids)
     number = {label: c for c, label in enumerate(dict.fromkeys(labels))} | {"": -1}
     used = {found[role] for role in ("path", "label", "split", "id") if role in found}
     free = given.drop(columns=[c for c in given.columns if c in used and c != ref.group_column])
@@ -323,6 +324,7 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
     used |= {column} if plain_name(column) == "group" else set()
     for each in (c for c in given.columns if c not in used):
         cells["source_" + each if each in COLUMNS else each] = given[each].tolist()
+    ref = ref if "label" not in found else replace(ref, target=None)  # else remembered: there are no other labels
     return _dataset(file.parent, name, cells, labels, ref, notes, file)
 
 
@@ -357,7 +359,7 @@ def _dataset(
         name, root, class_names, metric="auc" if len(class_names) == 2 else "macro_auc", augment="generic",
         table=pd.DataFrame({column: own[column] for column in order}),
         notes=(*notes, *spelling_notes(filter(None, given), shown), *more, *label_notes(labels, class_names)),
-        ref=DatasetRef.make(options={**options, "merge_class": done}),
+        ref=DatasetRef.make(options={**options, "merge_class": done, "target": ref.target}),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from embcache.registry import Registry
 
 if TYPE_CHECKING:
     from embcache.probe.stack import Head
+    from embcache.targets import Target
 
 ATTENTIONS = ("auto", "exact", "fast")  # of ``dvme``; see `embcache.probe.heads.scalar_attention.attend`
 
@@ -26,6 +27,7 @@ heads: Registry[type[Head]] = Registry(
         "concat": f"{_TRAINED}:ConcatHead", "dvme": f"{_TRAINED}:DVME", "dvme-identity": f"{_TRAINED}:DVMEIdentity",
         "dvme-noattn": f"{_TRAINED}:DVMENoAttention", "dvme-token": f"{_TRAINED}:DVMEToken", "knn": f"{_SOLVED}:KNN",
         "linear": f"{_TRAINED}:LinearHead", "logreg": f"{_SOLVED}:LogReg", "mlp": f"{_TRAINED}:MLPHead",
+        "ridge": "embcache.probe.heads.ridge:Ridge",
     },
 )  # fmt: skip
 
@@ -109,6 +111,17 @@ def check_backbones(head: Head, names: Sequence[str]) -> None:
         raise UsageError(
             f"head {head.name!r} takes one backbone at a time", code="head-takes-one-backbone", found=", ".join(names),
             fix=f"--backbone {names[0]}, or a head that fuses: --head dvme",
+        )  # fmt: skip
+
+
+def check_fits(head: Head, target: Target) -> None:
+    """`UsageError` unless the head can be trained for this kind of target."""
+    if target.kind not in head.fits:
+        others = [name for name in ("linear", "ridge", "knn") if target.kind in heads.get(name).fits]
+        raise UsageError(
+            f"head {head.name or name_of(head)!r} is for {' and '.join(head.fits)}", code="head-does-not-fit",
+            found=f"a target of kind {target.kind}: {', '.join(target.names[:5])}", expected=", ".join(head.fits),
+            fix=[f"--head {name}" for name in others],
         )  # fmt: skip
 
 

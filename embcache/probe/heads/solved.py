@@ -20,8 +20,9 @@ from embcache.cores import threads_for
 from embcache.errors import ProtocolError, UsageError, check_number
 from embcache.probe.layers import Params, Tensors, affine, standard_params, standardize
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.schedule import is_balanced
 from embcache.probe.stack import ClosedFormHead, Solution
+from embcache.targets import target_of
+from embcache.targets.labels import is_balanced
 
 _FLOOR = 1e-12  # of a probability, so that its logarithm is finite
 _ABSENT = -1e4  # logit of a class that no training image has: probability 0
@@ -33,7 +34,8 @@ class KNN(ClosedFormHead):
 
     A neighbor at cosine *s* votes for its class with weight exp(*s* / T); a class's probability is its share of the
     votes of the *k* nearest training images (of all, where there are fewer). Votes are not weighed by class: where the
-    training set is not balanced, frequent classes have more neighbors. Validation images choose nothing.
+    training set is not balanced, frequent classes have more neighbors. Of a finding those vote of which it is known; a
+    number is the mean with these weights. Validation images choose nothing.
     """
 
     k: int = 20  # neighbors that vote
@@ -41,6 +43,7 @@ class KNN(ClosedFormHead):
 
     name = "knn"
     summary = "weighted nearest neighbors by cosine, on standardized features (DINO's evaluation)"
+    fits = ("classes", "ordinal", "findings", "number")
 
     def __post_init__(self) -> None:
         check_number("--head-option k", self.k, 1, 100_000)
@@ -52,17 +55,27 @@ class KNN(ClosedFormHead):
         """Keep the training rows; validation rows and metric are not read."""
         params = standard_params(x)
         bank = self._unit({name: p[None] for name, p in params.items()}, {b: f[None] for b, f in x.items()})[0]
-        return Solution({**params, "bank.features": bank.half(), "bank.labels": F.one_hot(y, n_classes).to(bank)})
+        kept = {**params, "bank.features": bank.half()}
+        if y.is_floating_point():
+            return Solution({**kept, "bank.numbers": y[:, None].to(bank)})
+        if y.dim() == 2:
+            return Solution({**kept, "bank.labels": (y == 1).to(bank), "bank.known": (y >= 0).to(bank)})
+        return Solution({**kept, "bank.labels": F.one_hot(y, n_classes).to(bank)})
 
     def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
-        """Logits (K, B, C) from features (K, B, D): the logarithm of each class's share of the votes."""
+        """Logits (K, B, C) from features (K, B, D): the logarithm of each class's share, or numbers."""
         rows = self._unit(params, x)
         cosines = rows @ params["bank.features"].to(rows).transpose(1, 2)  # (K, B, n)
         nearest, which = cosines.topk(min(self.k, cosines.shape[-1]), dim=-1)  # (K, B, k)
         votes = (nearest / self.temperature).softmax(-1)  # shares: the sum of exp cancels in a class's probability
         heads = torch.arange(len(which), device=which.device)[:, None, None]
+        if "bank.numbers" in params:
+            return (votes[..., None] * params["bank.numbers"][heads, which]).sum(-2)
         shares = (votes[..., None] * params["bank.labels"][heads, which]).sum(-2)  # (K, B, C)
-        return shares.clamp_min(_FLOOR).log()
+        if "bank.known" not in params:
+            return shares.clamp_min(_FLOOR).log()
+        others = (votes[..., None] * params["bank.known"][heads, which]).sum(-2) - shares
+        return shares.clamp_min(_FLOOR).log() - others.clamp_min(_FLOOR).log()
 
     def _unit(self, params: Params, x: Tensors) -> Tensor:
         ((backbone, features),) = x.items()
@@ -75,7 +88,8 @@ class LogReg(ClosedFormHead):
 
     On features standardized by the fold's training rows. Classes weigh alike where the training set is not balanced,
     as oversampling does for trained heads. The C with the best validation score is kept, the smaller (the stronger
-    regularization) on a tie; without validation rows the one nearest to scikit-learn's 1.
+    regularization) on a tie; without validation rows the one nearest to scikit-learn's 1. Each finding has a regression
+    of its own, on the images of which it is known, all with one C.
     """
 
     Cs: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # inverse strengths to choose from
@@ -84,6 +98,7 @@ class LogReg(ClosedFormHead):
     name = "logreg"
     summary = "logistic regression by L-BFGS on standardized features, C chosen on validation"
     weighs = True
+    fits = ("classes", "ordinal", "findings")
 
     def __post_init__(self) -> None:
         values = self.Cs if isinstance(self.Cs, tuple | list) else (self.Cs,)
@@ -113,11 +128,12 @@ class LogReg(ClosedFormHead):
                 fix=("a larger --subset", "look for features that are not finite: embcache info"),
             )  # fmt: skip
         with threads_for(train.size):
-            solutions = self._path(train, labels, n_classes)
+            solutions = self._findings(train, labels) if labels.ndim == 2 else self._path(train, labels, n_classes)
         if x_val is None or y_val is None or not len(y_val):
             best = min(solutions, key=lambda solution: abs(np.log(solution.C)))
         else:
-            held, value = rows(x_val[backbone]), scorer(metric, y_val.cpu().numpy(), n_classes)
+            held = rows(x_val[backbone])
+            value = scorer(metric, y_val.cpu().numpy(), target_of(labels, n_classes))
             # max keeps the first of equals, and the path ascends in C
             best = max(solutions, key=lambda s: value(held @ s.weight.T + s.bias))
         chosen = {"C": best.C} if best.converged else {"C": best.C, "converged": False}
@@ -128,6 +144,19 @@ class LogReg(ClosedFormHead):
         """Logits (K, B, C) from features (K, B, D)."""
         ((backbone, features),) = x.items()
         return affine(params, "classifier", standardize(params, backbone, features))
+
+    def _findings(self, x: NDArray[np.float64], y: NDArray[np.int64]) -> list[_Fit]:
+        """Solutions of all findings (columns) for every C: log odds of each."""
+        paths = []
+        for values in y.T:
+            known = values >= 0
+            fits = self._path(x[known], values[known], 2)
+            paths.append([(f.C, f.weight[1] - f.weight[0], f.bias[1] - f.bias[0], f.converged) for f in fits])
+        return [
+            _Fit(each[0][0], np.stack([w for _, w, _, _ in each]), np.array([b for _, _, b, _ in each]),
+                 all(converged for *_, converged in each))
+            for each in zip(*paths, strict=True)
+        ]  # fmt: skip
 
     def _path(self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int) -> list[_Fit]:
         """A solution for every C, ascending; each starts from the one before."""

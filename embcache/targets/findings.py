@@ -1,0 +1,192 @@
+"""Findings: several of L may be present in an image; a finding that is not known is left out, never negative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embcache.errors import DatasetError, first_few
+from embcache.targets.labels import log_mean_exp
+from embcache.targets.target import BoolArray, FloatArray, IntArray, Target, refuse_part
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+
+PRESENT = {"1", "1.0", "yes", "y", "true", "t", "positive", "pos", "present", "+"}
+ABSENT = {"0", "0.0", "no", "n", "false", "f", "negative", "neg", "absent", "-"}
+UNCERTAIN = {"-1", "-1.0", "uncertain", "u", "equivocal", "indeterminate"}
+UNKNOWN = {"", "nan", "none", "null", "na", "n/a", "unknown", "?"}
+NOTHING = {"no finding", "no findings", "nofinding", "normal", "none", "negative", "healthy", "no", "0"}
+"""Labels that say that there is no finding, in a column that lists findings."""
+
+SEPARATORS = "|;,/+"
+
+
+@dataclass(frozen=True)
+class Findings(Target):
+    """Values (n, L): 1 present, 0 absent, −1 unknown. Binary cross-entropy of each known one."""
+
+    kind = "findings"
+    noun, nouns = "finding", "findings"
+    losses = ("bce", "weighted-bce")
+    metric = "macro_auc"
+    group_words = "the maximum of the probabilities of a patient's images; present where it is in any image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "columns", self.columns or self.names)
+
+    def values(self, table: pd.DataFrame) -> IntArray:
+        """Its columns."""
+        return table[list(self.columns)].to_numpy(dtype=np.int64)
+
+    def known(self, y: NDArray[Any]) -> BoolArray:
+        """Rows with any finding known."""
+        return np.asarray((y >= 0).any(1))
+
+    def blank(self, n: int) -> IntArray:
+        """−1."""
+        return np.full((n, len(self.names)), -1, dtype=np.int64)
+
+    def counts(self, y: NDArray[Any]) -> tuple[int, ...]:
+        """Rows with each finding."""
+        return tuple((y == 1).sum(0).tolist())
+
+    def words(self, value: Any) -> str:
+        """The findings that are present."""
+        shown = ", ".join(name for name, v in zip(self.names, value, strict=True) if v == 1)
+        return shown or ("" if (value < 0).all() else "none")
+
+    def strata(self, y: NDArray[Any], rows: IntArray, least: int = 1) -> IntArray:
+        """Membership (n, L + 1): each finding, and none of them."""
+        present = y == 1
+        return np.column_stack([present, ~present.any(1)]).astype(np.int64) * self.known(y)[:, None]
+
+    def stratum(self, c: int) -> str:
+        """The finding, or none."""
+        return [*self.names, "none of them"][c]
+
+    def check_part(self, y: NDArray[Any], where: str, fix: Sequence[str]) -> None:
+        """Each finding needs an image with and one without it."""
+        for value, word in ((1, "with"), (0, "known to be without")):
+            if lacking := [name for name, n in zip(self.names, (y == value).sum(0), strict=True) if not n]:
+                rest = [name for name in self.names if name not in lacking]
+                leave = [f"--target {','.join(rest)}"] if rest else []
+                raise refuse_part(
+                    where, f"has no image {word} {lacking[0]}", f"{len(y):,} images, none {word} {', '.join(lacking)}",
+                    [*leave, *fix], "finding-one-sided",
+                )  # fmt: skip
+
+    def absent(self, y: NDArray[Any]) -> list[int]:
+        """Findings without a row on either side."""
+        return [c for c in range(len(self.names)) if len({0, 1} & set(y[:, c].tolist())) < 2]
+
+    def constants(self, y: NDArray[Any]) -> dict[str, Tensor]:
+        """``target.positive`` (L,) with ``weighted-bce``: rows without each finding to rows with it."""
+        import torch
+
+        if self.loss == "bce":
+            return {}
+        present, absent = (torch.from_numpy((y == value).sum(0)).float() for value in (1, 0))
+        return {"target.positive": absent.clamp_min(1) / present.clamp_min(1)}
+
+    def row_losses(self, out: Tensor, y: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """The sum over known findings divided by L, so that each known value counts alike."""
+        import torch.nn.functional as F
+
+        weights = params["target.positive"][:, None] if "target.positive" in params else None
+        known = y >= 0
+        present = (y == 1).to(out.dtype)
+        each = F.binary_cross_entropy_with_logits(out, present, reduction="none", pos_weight=weights)
+        return (each * known).sum(-1) / y.shape[-1]
+
+    def predicted(self, logits: NDArray[Any]) -> FloatArray:
+        """Probability of each finding."""
+        z = np.asarray(logits, dtype=np.float64)
+        return np.asarray(np.exp(-np.logaddexp(0.0, -z)))
+
+    def average(self, logits: NDArray[Any], axis: int = 0) -> FloatArray:
+        """Log odds of the mean probability."""
+        z = np.asarray(logits, dtype=np.float64)
+        return log_mean_exp(-np.logaddexp(0.0, -z), axis) - log_mean_exp(-np.logaddexp(0.0, z), axis)
+
+    def of_group(self, logits: NDArray[Any]) -> FloatArray:
+        """The maximum."""
+        return np.asarray(logits.max(axis=1))
+
+    def group_value(self, y: NDArray[Any]) -> Any:
+        """Present where it is in any row, else absent where it is known of any."""
+        return y.max(axis=0)
+
+    def baseline(self, train: NDArray[Any], test: NDArray[Any]) -> FloatArray:
+        """The share of each finding in training."""
+        present, absent = ((train == value).sum(0) + 0.5 for value in (1, 0))
+        return np.tile(np.log(present / absent), (len(test), 1))
+
+
+def read_columns(
+    columns: Mapping[str, Sequence[str]], uncertain: str = "unknown", *, where: object = None
+) -> tuple[IntArray, list[str]]:
+    """Values (n, L) of columns with one finding each, and notes; ``uncertain`` ones are unknown, zero or one."""
+    of = dict.fromkeys(PRESENT, 1) | dict.fromkeys(ABSENT, 0) | dict.fromkeys(UNKNOWN, -1)
+    of |= dict.fromkeys(UNCERTAIN, {"unknown": -1, "zero": 0, "one": 1}[uncertain])
+    values, notes, unsure = [], list[str](), 0
+    for name, texts in columns.items():
+        plain = [text.strip().casefold() for text in texts]
+        if other := [text for text, key in zip(texts, plain, strict=True) if key not in of]:
+            raise DatasetError(
+                f"column {name!r} holds no finding", code="finding-values", where=where,
+                expected="1, 0, yes, no, true, false, positive, negative, -1 or uncertain, or empty for unknown",
+                found=first_few(list(dict.fromkeys(other)), 4),
+                fix="--task classes for one such column, or --task number", 
+            )  # fmt: skip
+        unsure += sum(key in UNCERTAIN for key in plain)
+        values.append([of[key] for key in plain])
+    if unsure:
+        word = {"unknown": "left out as unknown", "zero": "taken as absent", "one": "taken as present"}[uncertain]
+        notes.append(f"{unsure:,} uncertain values are {word}; --uncertain unknown, zero or one says how")
+    y = np.array(values, dtype=np.int64).T.reshape(-1, len(columns))
+    if missing := int((y < 0).sum()) - (unsure if uncertain == "unknown" else 0):
+        notes.append(f"{missing:,} of {y.size:,} values of findings are not known, and left out of loss and scores")
+    return y, notes
+
+
+def separator_of(texts: Sequence[str]) -> str:
+    """What divides a column of labels into findings that recur; empty where nothing does."""
+    distinct = sorted(set(texts) - {""})
+    best, most = "", 0
+    for s in SEPARATORS:
+        split = [[part.strip() for part in text.split(s)] for text in distinct]
+        several = [parts for parts in split if len(parts) > 1]
+        alone = {parts[0] for parts in split if len(parts) == 1}
+        parts = [part for one in several for part in one]
+        recur = sum(part in alone or parts.count(part) > 1 for part in set(parts))
+        if several and all(parts) and recur > len(set(parts)) / 2 and len(several) > most:
+            best, most = s, len(several)
+    return best
+
+
+def read_list(name: str, texts: Sequence[str], separator: str) -> tuple[tuple[str, ...], IntArray, list[str]]:
+    """Names and values (n, L) of one column that lists the findings of each image, and notes."""
+    listed = [[part.strip() for part in text.split(separator)] if separator else [text.strip()] for text in texts]
+    every = sorted({part for parts in listed for part in parts if part.casefold() not in UNKNOWN | NOTHING})
+    number = {part: column for column, part in enumerate(every)}
+    y = np.zeros((len(texts), len(every)), dtype=np.int64)
+    nothing = set[str]()
+    for row, parts in enumerate(listed):
+        if all(part.casefold() in UNKNOWN - NOTHING for part in parts):
+            y[row] = -1
+        for part in parts:
+            if part in number:
+                y[row, number[part]] = 1
+            elif part:
+                nothing.add(part)
+    words = f", {' and '.join(sorted(nothing))} is none of them" if nothing else ""
+    notes = [f"{name} lists the findings of an image: what it does not list is absent, an empty cell unknown{words}"]
+    return tuple(every), y, notes
