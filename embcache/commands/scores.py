@@ -195,19 +195,24 @@ def _result_notes(results: Sequence[Result]) -> list[str]:
     over = "folds of all repeats" if any(_repeats(result) > 1 for result in results) else "folds"
     means = f"mean ± sd over {over}; labels used: (training + validation) of one fold"
     missing = {f"{r.id}: {r.estimate.why}": None for r in results if r.estimate and r.estimate.why and r.interval}
-    rows = "ensemble: the mean of the models' probabilities, which is what `embcache predict` uses"
-    if any("by patient" in result.estimates for result in results):
-        rows += "; by patient: the mean of probabilities over a patient's images"
+    rows = "ensemble: the mean of the models' probabilities or numbers, which is what `embcache predict` uses"
+    ways = dict.fromkeys(result.task.group_words for result in results if "by patient" in result.estimates)
+    rows += f"; by patient: {'; '.join(ways)}" if ways else ""
+    mixed = max((int(result.by_group.get("mixed", 0)) for result in results), default=0)
+    rows += f"; {mixed:,} patients with images of several classes are left out there" if mixed else ""
     return [*notes, *missing, means, rows, INTERVALS]
 
 
 def _print_run(found: Described) -> None:
+    from embcache.data.classes import target_words
     from embcache.results.compare import INTERVALS
 
     result = found.result
     models = sum(not fold.failed for fold in result.folds)
     counts = ", ".join(f"{n:,} {name}" for n, name in zip(result.test_counts, result.class_names, strict=False))
-    target = f", column {result.target}" if result.target else ""
+    counts = "" if result.task.kind == "number" else counts
+    words = target_words(result.request)
+    target = f", target {words}" if words else ""
     for line in (
         f"{result.id}: {' + '.join(result.backbones)}, {result.head} ({result.kind}) on {result.dataset}{target}",
         f"subset {result.subset}: {result.n_train:,} training + {result.n_val:,} validation = {result.labels_used:,} "
@@ -218,6 +223,11 @@ def _print_run(found: Described) -> None:
         echo(line)
     if found.scores:
         _print_scores(found)
+    if found.findings:
+        _print_findings(found)
+    if result.baseline:
+        scored = [f"{metric_title(key)} {value:.4f}" for key, value in result.baseline.items() if value is not None]
+        echo(f"\nBaseline, what training labels say without features: {', '.join(scored)}")
     if found.operating_points:
         _print_operating_points(found)
     if found.calibration:
@@ -243,6 +253,17 @@ def _print_scores(found: Described) -> None:
             rows.append(["", f"always {found.result.majority[0]}", f"{found.result.majority[1]:.4f}", "", ""])
     echo("\nScores with 95 % intervals")
     print_table(["", "", "mean ± sd", "new patients, these models", "new patients, a newly trained model"], rows)
+
+
+def _print_findings(found: Described) -> None:
+    counts = dict(zip(found.result.class_names, found.result.test_counts, strict=True))
+    rows = []
+    for name, scores in found.findings.items():
+        cells = [(spread(e.mean, e.std), bounds(e.interval) or e.why) for e in scores.values()]
+        rows.append([name, f"{counts[name]:,}", *(cell for pair in cells for cell in pair)])
+    echo("\nEach finding, on the test images of which it is known: mean of the models")
+    headers = ["finding", "images with it", "AUC ± sd", "95 % interval", "AUPRC ± sd", "95 % interval"]
+    print_table(headers, rows, notes=["--positive FINDING shows operating points and calibration of one"])
 
 
 def _print_operating_points(found: Described) -> None:
@@ -302,6 +323,7 @@ def compare(
     reference: Annotated[str | None, "RUN", "Compare with this run. [default: the first]"] = None,
     metric: list[str],
     margin: Annotated[float | None, "D", "Also test that the difference is smaller than this (equivalence)."] = None,
+    level: Annotated[str, "image|group", "Score images, or groups such as patients."] = "image",
     home: Path | None,
 ) -> Answer:
     """Compare results on the same test images with one reference: difference, 95 % interval, p.
@@ -313,7 +335,7 @@ def compare(
     """
     from embcache.results.compare import compare
 
-    rows = compare(runs, reference=reference, metrics=metric, margin=margin, home=home)
+    rows = compare(runs, reference=reference, metrics=metric, margin=margin, level=level, home=home)
 
     def show() -> None:
         headers = ["run", "backbone", "head", "subset", "labels used", "metric", "mean ± sd", "95 % interval"]

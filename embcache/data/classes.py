@@ -176,8 +176,8 @@ def class_words(names: Mapping[str, str]) -> str:
 
 def target_words(request: Mapping[str, Any]) -> str:
     """What a run of this request predicts, in words; empty where it is the dataset's labels as they are."""
-    kind = request.get("task", {}).get("kind", "")
-    target = " ".join(filter(None, [request.get("target", ""), f"({kind})" * bool(kind)]))
+    kind = request.get("task", {}).get("kind", "")  # ordered classes are classes by another loss
+    target = " ".join(filter(None, [request.get("target", ""), f"({kind})" * (kind in ("findings", "number"))]))
     return ", ".join(filter(None, [target, class_words(request.get("classes", {}))]))
 
 
@@ -185,6 +185,15 @@ def target_flags(ds: ImageDataset) -> list[str]:
     """The words of a command that predicts what a dataset was given as its target."""
     words = ["--target", ds.target] if ds.target else []
     return [*words, "--task", ds.kind] if words or (ds.whole is not None and ds.whole.kind != ds.kind) else []
+
+
+def task_flags(request: Mapping[str, Any]) -> list[str]:
+    """The words of a command for the target of a run: columns, task and loss."""
+    words = ["--target", request["target"]] if request.get("target") else []
+    task = request.get("task", {})
+    words += ["--task", task.get("kind", "classes")] if words or task else []
+    usual = {"bce": "findings", "squared": "number", "cumulative": "ordinal"}
+    return words + (["--loss", task["loss"]] if task and task["loss"] not in usual else [])
 
 
 def class_flags(names: Mapping[str, str]) -> list[str]:
@@ -298,7 +307,7 @@ def retarget(
         notes.append(f"the labels are taken as {task}, as --task says")
     elif task == "classes":
         notes.append(f"the labels are the column {names[0]!r}, not those of the dataset")
-    else:
+    elif not notes:
         notes.append(f"the target is {_title(kept)} as {task}, not the labels of the dataset")
     columns = reading.columns
     label = np.where(_any_known(columns), 0, -1) if reading.labels is None else reading.labels

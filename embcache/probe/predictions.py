@@ -98,6 +98,13 @@ class Predictions:
         return replace(self, ids=named, groups=named, labels=labels[kept], logits=stacked)
 
 
+def group_ensemble(predictions: Predictions) -> Predictions:
+    """One model by group, as ``predict`` has it: the maximum of findings is of the models' mean probabilities."""
+    if predictions.task.kind == "findings":
+        return predictions.ensemble().by_group()
+    return predictions.by_group().ensemble()
+
+
 def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
     """Scores of the mean over models (``""``), and where there are such of the ensemble, by patient, and of both."""
     found = {"": predictions.estimate(metric)}
@@ -105,8 +112,9 @@ def all_estimates(predictions: Predictions, metric: str) -> dict[str, Estimate]:
         found["ensemble"] = predictions.ensemble().estimate(metric)
     groups, _ = group_rows(predictions)
     if groups is not None:
-        parts = all_estimates(groups, metric)
-        found |= {f"by patient, {name}" if name else "by patient": e for name, e in parts.items()}
+        found["by patient"] = groups.estimate(metric)
+        if len(predictions.logits) > 1:
+            found["by patient, ensemble"] = group_ensemble(predictions).estimate(metric)
     return found
 
 
@@ -133,13 +141,15 @@ def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
         return {"why": why} if why else {}
     mixed = len(set(predictions.groups.tolist())) - len(groups.ids)
     estimated = groups.estimate(metric).to_json()
-    found = {"groups": len(groups.ids), "estimate": estimated, "ensemble": ensemble_scores(groups, metric)}
+    one = ensemble_scores(group_ensemble(predictions), metric)
+    found = {"groups": len(groups.ids), "estimate": estimated, "ensemble": one}
     return found | ({"mixed": mixed} if mixed else {})
 
 
 def ensemble_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
     """What `embcache.runs.result.Result.ensemble` holds."""
-    one = predictions.ensemble()
+    one = predictions if len(predictions.logits) == 1 else predictions.ensemble()
+    one = replace(one, overlap=None, folds=1)
     measured = evaluate(metric, one.labels, one.logits[0], one.positive, one.task)
     return {"estimate": one.estimate(metric).to_json(), "metrics": measured}
 

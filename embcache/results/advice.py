@@ -180,7 +180,7 @@ def load_readable(found: Mapping[str, Result], home: PathLike | None) -> tuple[d
     tested, unread = {}, {}
     for name, result in found.items():
         try:
-            find_metric(result.metric, len(result.class_names))  # its package may be gone
+            find_metric(result.metric, result.task)  # its package may be gone
             tested[name] = load_tested(result, runs_dir(result.dataset, home) / result.id)
         except EmbcacheError as error:
             unread[name] = error.problem
@@ -240,7 +240,7 @@ def advise_labels(
     positive = last.predictions.positive
     scores = [replace(t.predictions, positive=positive).scores(result.metric, resamples) for t in ordered]
     slopes = {k: doubling(scores[k:], ordered[k:]) for k in range(len(sizes) - 1)}
-    better = -1 if find_metric(result.metric, len(result.class_names)).loss else 1
+    better = -1 if find_metric(result.metric, result.task).loss else 1
 
     def ends(d: Difference) -> tuple[float, float]:
         """Bounds of a change for the better: the least and the most; without an interval nothing is excluded."""

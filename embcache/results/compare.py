@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from embcache.config import DatasetRef
 from embcache.data.classes import column_values
 from embcache.data.dataset import find_dataset
-from embcache.errors import ProtocolError, StoreError, UsageError, first_few
+from embcache.errors import ProtocolError, StoreError, UsageError, check_choice, first_few
 from embcache.paths import PathLike
-from embcache.probe.metrics import FloatArray, IntArray
+from embcache.probe.metrics import FloatArray
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import (
     LARGEST_OVERLAP,
@@ -84,8 +84,8 @@ class Tested:
         return self.predictions.groups
 
     @property
-    def labels(self) -> IntArray:
-        """Of the images, (n,)."""
+    def labels(self) -> NDArray[Any]:
+        """Of the images, (n,), or (n, L) of findings."""
         return self.predictions.labels
 
 
@@ -154,13 +154,15 @@ def compare(
     reference: str | None = None,
     metrics: Sequence[str] = (),
     margin: float | None = None,
+    level: str = "image",
     home: PathLike | None = None,
     resamples: int = RESAMPLES,
 ) -> list[Comparison]:
     """Compare saved results, by ID or a unique prefix, with a reference (the first) on the same test images.
 
-    ``metrics`` replace the runs' own; a ``margin`` also tests equivalence: that a difference is smaller than this on
-    either side; ``resamples`` are of the bootstrap, for metrics that need it.
+    ``level="group"`` scores groups (patients): the mean of their images' probabilities or numbers, the maximum of
+    findings. ``metrics`` replace the runs' own; a ``margin`` also tests equivalence: that a difference is smaller than
+    this on either side; ``resamples`` are of the bootstrap, for metrics that need it.
 
     Returns one row per run and metric, the reference first; p-values are corrected by Holm as one family. Raises a
     `UsageError` for fewer than two runs, a `ProtocolError` for runs of different tasks or test images.
@@ -177,7 +179,7 @@ def compare(
             code="too-few-runs", found=", ".join(result.id for result in ordered.values()) or "none",
             fix="embcache compare RUN RUN …   (embcache results lists them)",
         )  # fmt: skip
-    tested = [load_tested(result, path) for path, result in ordered.items()]
+    tested = [load_tested(result, path, level) for path, result in ordered.items()]
     return compare_tested(tested, metrics=metrics, margin=margin, resamples=resamples)
 
 
@@ -221,8 +223,12 @@ def same_test(a: Tested, b: Tested) -> bool:
     return all(np.array_equal(x, y) for x, y in ((a.ids, b.ids), (a.labels, b.labels), (a.groups, b.groups)))
 
 
-def load_tested(result: Result, path: Path) -> Tested:
-    """Predictions of a run on its labeled test images."""
+LEVELS = ("image", "group")
+
+
+def load_tested(result: Result, path: Path, level: str = "image") -> Tested:
+    """Predictions of a run on its labeled test images, or on its groups."""
+    check_choice("--level", level, LEVELS)
     if result.kind == "kaggle" or result.mean is None:
         raise ProtocolError(
             f"the test labels of run {result.id} are not known, so its predictions cannot be scored",
@@ -231,7 +237,18 @@ def load_tested(result: Result, path: Path) -> Tested:
             found=f"{result.kind} on {result.dataset}, test set {result.test_set}",
             fix=f"embcache probe --test local --dataset {result.dataset} --head {result.head} --subset {result.subset}",
         )
-    return Tested(result, load_run_predictions(result, path))
+    predictions = load_run_predictions(result, path)
+    if level == "image":
+        return Tested(result, predictions)
+    groups = predictions.by_group()
+    total = len(set(predictions.groups.tolist()))
+    if mixed := total - len(groups.ids):
+        raise ProtocolError(
+            f"{mixed:,} of {total:,} test groups of run {result.id} hold images of several classes",
+            code="mixed-groups", expected="one class per group",
+            found=first_few(sorted(set(predictions.groups) - set(groups.ids)), 3), fix="--level image",
+        )  # fmt: skip
+    return Tested(result, groups)
 
 
 def _check_same_test(a: Tested, b: Tested, other_metric: bool) -> None:
@@ -319,8 +336,9 @@ def subgroups(
 
 def _score_part(t: Tested, metric: str, members: NDArray[np.bool_], against: Tested | None, resamples: int) -> Subgroup:
     """One row; without scores where a class of the test set is missing, since that is another task."""
-    found = t.predictions.take(members)
-    lacks = tuple(t.result.class_names[c] for c in sorted(set(t.labels.tolist()) - set(found.labels.tolist())))
+    found, task = t.predictions.take(members), t.result.task
+    missing = set(task.absent(found.labels)) - set(task.absent(t.labels))
+    lacks = tuple(t.result.class_names[c] for c in sorted(missing))
     counts = len(found.ids), len(set(found.groups))
     row = Subgroup(t.result.id, metric, "", "", *counts, None, None, None, lacks, t.result.labels_used)
     if lacks:

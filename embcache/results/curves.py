@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from embcache.backbones.catalog import LIBRARIES
-from embcache.data.classes import class_flags, target_words
+from embcache.data.classes import class_flags, target_words, task_flags
 from embcache.errors import StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import metric_title
@@ -94,9 +94,10 @@ def request_flags(result: Result) -> list[str]:
         if name != "name":
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
             words += ["--head-option", f"{name}={text}"]
-    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1), ("target", "")):
+    for name, default in (("folds", 5), ("seed", 0), ("val", "full"), ("repeats", 1), ("views", 1)):
         if request.get(name, default) != default:
             words += [f"--{name}", str(request[name])]
+    words += task_flags(request)
     words += class_flags(request.get("classes", {}))
     words += ["--exclude-test-overlap"] * bool(request.get("exclude_test_overlap"))
     rates, schedule = rates_of(request), request.get("schedule") or {}

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from embcache.errors import EmbcacheError, ProtocolError, StoreError
+from embcache.errors import EmbcacheError, ProtocolError, StoreError, UsageError, first_few
 from embcache.probe.metrics import (
     METRICS,
     FloatArray,
@@ -432,8 +432,13 @@ def _equal_bins(p: FloatArray) -> list[NDArray[np.int64]]:
 
 # A run in full.
 
-USUAL = ("auc", "kappa", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
+USUAL = ("auc", "kappa", "mae", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
 """Scores that are shown in addition to the run's own; `auc` is the macro one for more than two classes."""
+
+_OF_KIND = {
+    "findings": ("macro_auc", "auprc", "micro_auc", "micro_auprc", "f1", "brier"),
+    "number": ("mae", "rmse", "r2", "pearson", "spearman"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -443,6 +448,7 @@ class Described:
     result: Result  # with the chosen positive class
     scores: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     confusion: Sequence[Sequence[int]] = ()
+    findings: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)  # AUC and AUPRC of each
     prevalence: float | None = None  # of the positive class, for PPV, NPV and calibration
     operating_points: Sequence[OperatingPoint] = ()
     calibration: Sequence[Calibration] = ()
@@ -474,29 +480,45 @@ def describe(
     """Measure a run's saved predictions; nothing is trained and the run is not changed."""
     names, chosen = result.class_names, positive or result.positive or None
     number = positive_class(names, chosen)
-    has_positive = len(names) == 2 or chosen is not None
+    has_positive = chosen is not None or (len(names) == 2 and result.task.kind not in _OF_KIND)
     result = replace(result, positive=names[number] if has_positive else "")
+    if adjust and result.task.kind in _OF_KIND:
+        raise UsageError(
+            f"--prevalence and --calibrate are for classes, and run {result.id} predicts {result.task.nouns}",
+            code="not-classes", found=first_few(names), fix="leave them out",
+        )  # fmt: skip
     if result.mean is None or result.kind == "kaggle":
         return Described(result, notes=["the labels of the test images are not known, so nothing can be measured"])
     test = replace(load_run_predictions(result, folder), positive=number)
     asked, unknown = [*metrics], list[str]()
     if not metrics:
         try:
-            asked = [find_metric(result.metric, len(names)).key, *USUAL]
+            asked = [find_metric(result.metric, result.task).key, *USUAL]
         except EmbcacheError as error:  # its package may be gone
             asked, unknown = [*USUAL], [f"the run's own score was not measured again: {error.problem}"]
-    measures = [find_metric(m, len(names)) for m in asked]
+    kind = result.task.kind
+    if kind in _OF_KIND and not metrics:
+        asked = [*asked[:1], *_OF_KIND[kind]]
+    measures = [find_metric(m, result.task) for m in asked]
     for measure in measures if metrics else ():
         check_order(measure, result.task)
-    keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names))
+    keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names) or kind in _OF_KIND)
     found = Described(
         result,
         scores={key: all_estimates(test, key) for key in keys},
-        confusion=confusion(test.labels, test.ensemble().logits[0]).tolist(),
+        confusion=[] if kind in _OF_KIND else confusion(test.labels, test.ensemble().logits[0]).tolist(),
+        findings=each_finding(test) if kind == "findings" else {},
         notes=unknown + ([f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else []),
     )
+    if kind == "number":
+        return found
     if not has_positive:
-        note = "operating points and calibration are of one class against the others: --positive CLASS"
+        what = (
+            "one finding: --positive FINDING"
+            if kind == "findings"
+            else "one class against the others: --positive CLASS"
+        )
+        note = f"operating points and calibration are of {what}"
         return replace(found, notes=[*found.notes, note])
     try:
         validation = load_validation(result, folder)
@@ -514,15 +536,23 @@ def describe(
     if adjust.prevalence is not None:
         prevalence = models[0].prevalence[number]
         weights = row_weights(test.labels, np.array(models[0].prevalence))
-    two = against_rest(test, number)
+    one = names[number] if kind == "findings" else ""
+    two = test.finding(one) if one else against_rest(test, number)
+    held = [v.finding(one) if one else against_rest(v, number) for v in validation]
     return replace(
         found,
         prevalence=float(two.labels.mean()) if prevalence is None else prevalence,
-        operating_points=operating_points(two, [against_rest(v, number) for v in validation], prevalence),
+        operating_points=operating_points(two, held, prevalence),
         calibration=calibration(two, weights),
         adjustments=models,
         notes=[*found.notes, *_notes(two, adjust, models, names)],
     )
+
+
+def each_finding(test: Predictions, resamples: int = RESAMPLES) -> dict[str, dict[str, Estimate]]:
+    """AUC and AUPRC of each finding that has images with and without it, as means over the models."""
+    names = [name for c, name in enumerate(test.class_names) if c not in test.task.absent(test.labels)]
+    return {name: {key: test.finding(name).estimate(key, resamples) for key in ("auc", "auprc")} for name in names}
 
 
 def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names: Sequence[str]) -> list[str]:

@@ -45,7 +45,6 @@ from embcache.finetune.model import FinetunedModel, load_fold
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike, slug
 from embcache.probe.heads import find_head
-from embcache.probe.metrics import softmax
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
 from embcache.probe.stack import Head, predict_logits
 from embcache.probe.summary import adjust_models
@@ -54,6 +53,7 @@ from embcache.results.layout import csv_text, is_formula
 from embcache.runs.folders import Result, find_run_anywhere, load_heads
 from embcache.store.feature_store import list_stores
 from embcache.store.schema import Recipe
+from embcache.targets import Target, make_target
 
 _CHUNK = 256  # images at a time: what a progress bar counts, and what is in memory as features
 
@@ -65,13 +65,19 @@ class ImagePredictions:
     run: str  # its ID
     class_names: tuple[str, ...]  # its C classes
     images: tuple[str, ...]  # as they were named: paths, or IDs of a dataset
-    p: NDArray[np.float64]  # probabilities (n, C), the mean over ``folds``; NaN where an image could not be read
+    p: NDArray[np.float64]  # probabilities or numbers (n, C), means over ``folds``; NaN where one could not be read
     reasons: tuple[str, ...]  # why an image could not be read; empty where it could
     folds: tuple[int, ...]  # that were averaged
     labels: tuple[str, ...] | None = None  # class of each image of a dataset; empty where it is not known
     notes: tuple[str, ...] = ()  # remarks about the run and the images
     groups: tuple[str, ...] | None = None  # patient, slide … of each image; empty where it is not known
     adjusted: str = ""  # prevalence and temperatures that ``p`` was adjusted to; empty where it was not
+    target: Target | None = None  # by default classes
+
+    @property
+    def task(self) -> Target:
+        """What is predicted."""
+        return self.target or make_target("classes", self.class_names)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -92,8 +98,8 @@ class ImagePredictions:
     def group_rows(self) -> Iterator[dict[str, Any]]:
         """One plain mapping per group: ``group, images, not_read, [label,] prediction, p_CLASS …, [adjusted]``.
 
-        Groups come in the order of their first images. ``p_CLASS`` is the mean over the ``images`` that could be read,
-        ``label`` is empty where they differ. An image without a group is a group of its own.
+        Groups come in the order of their first images. ``p_CLASS`` is the mean over the ``images`` that could be read
+        (of findings the maximum), ``label`` is empty where they differ. An image without a group is a group of its own.
         """
         if self.groups is None:
             raise _no_groups()
@@ -105,11 +111,18 @@ class ImagePredictions:
             labels = set() if self.labels is None else {self.labels[k] for k in rows}
             label = {} if self.labels is None else {"label": labels.pop() if len(labels) == 1 else ""}
             counts = {"images": len(read), "not_read": len(rows) - len(read)}
-            yield {"group": _as_text(group), **counts, **label, **self._called(self.p[read].mean(0) if read else None)}
+            together = np.max if self.task.kind == "findings" else np.mean
+            found = together(self.p[read], axis=0) if read else None
+            yield {"group": _as_text(group), **counts, **label, **self._called(found)}
 
     def _called(self, p: NDArray[np.float64] | None) -> dict[str, Any]:
+        if self.task.kind == "number":
+            return {"prediction": None if p is None else float(p[0])}
         chances = {f"p_{name}": None if p is None else float(p[c]) for c, name in enumerate(self.class_names)}
         adjusted = {"adjusted": self.adjusted} if self.adjusted else {}
+        if self.task.kind == "findings" and p is not None:
+            present = [name for name, chance in zip(self.class_names, p, strict=True) if chance > 0.5]
+            return {"prediction": "|".join(present) or "none", **chances}
         return {"prediction": "" if p is None else self.class_names[int(p.argmax())], **chances, **adjusted}
 
     def to_csv(self) -> str:
@@ -208,12 +221,15 @@ def predict(
     if not todo:
         raise _none_read(names, reasons)
     model = _load_model(result, folder, folds, config, home)
-    p = np.full((len(names), len(result.class_names)), np.nan)
+    p = np.full((len(names), result.task.outputs), np.nan)
     with ThreadPoolExecutor(config.workers or default_workers()) as pool:
         for start in range(0, len(todo), _CHUNK):
             rows = todo[start : start + _CHUNK]
             logits, why = model.logits(given.root, [given.sources[k] for k in rows], pool, decoding)
-            found = [models[f].probabilities(z) if models else softmax(z) for f, z in zip(folds, logits, strict=True)]
+            found = [
+                models[f].probabilities(z) if models else result.task.predicted(z)
+                for f, z in zip(folds, logits, strict=True)
+            ]
             for k, chances, reason in zip(rows, np.mean(found, axis=0), why, strict=True):
                 p[k], reasons[k] = (np.nan, reason) if reason else (chances, "")
             if progress is not None:
@@ -222,9 +238,9 @@ def predict(
         raise _none_read(names, reasons)
     predicted = ImagePredictions(
         result.id, result.class_names, names, p, tuple(reasons), tuple(folds),
-        None if ds is None else tuple(ds.class_names[y] if y >= 0 else "" for y in ds.labels),
+        None if ds is None else tuple(map(ds.task.words, ds.labels)),
         (*_notes(result, ds), *given.notes, *decoding.notes()), given.groups if any(given.groups) else None,
-        _in_words(result, adjust, [models[fold] for fold in folds if models]),
+        _in_words(result, adjust, [models[fold] for fold in folds if models]), result.task,
     )  # fmt: skip
     if config.by_group is not None:
         write_output(config.by_group.expanduser(), predicted.groups_to_csv())
@@ -252,7 +268,7 @@ def _dataset_of_classes(result: Result, name: str, ref: DatasetRef, home: PathLi
     ds = as_in_run(find_dataset(name, ref, home=home)[0], result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(
-            f"{ds.name} has other classes than run {result.id}", code="other-classes",
+            f"{ds.name} has other {result.task.nouns} than run {result.id}", code="other-classes",
             expected=", ".join(result.class_names), found=", ".join(ds.class_names), where=ds.root,
             fix="name the images themselves: embcache predict --run RUN FOLDER",
         )  # fmt: skip
@@ -270,7 +286,7 @@ def _notes(result: Result, ds: ImageDataset | None) -> Iterator[str]:
     if failed:
         yield f"training of fold {', '.join(map(str, failed))} diverged: the other folds predict"
     if result.target:
-        yield f"the run predicts the column {result.target!r}, not the classes of {result.dataset}"
+        yield f"the run predicts {result.target} ({result.task.kind}), not the labels of {result.dataset}"
     if ds is not None:
         yield from change_notes(ds)
         if ds.name == result.dataset:
