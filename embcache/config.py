@@ -86,7 +86,7 @@ class DatasetRef(Config):
     id_column: str = option("", "Column of a table with the IDs of the images.", metavar="NAME")
     allow_missing: bool = option(False, "Skip images that are listed but missing.")
     drop_class: tuple[str, ...] = option(
-        (), "Leave out the images of a class; repeatable or comma-separated.", metavar="NAME[,NAME…]"
+        (), "Leave out the images of a class, or a finding; repeatable or comma-separated.", metavar="NAME[,NAME…]"
     )
     merge_class: tuple[str, ...] = option((), "Merge classes under a new name; repeatable.", metavar="A+B=NEW")
     target: str | None = option(

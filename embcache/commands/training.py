@@ -173,6 +173,7 @@ def export(
 
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
+    from embcache.data.classes import target_flags
     from embcache.probe.inputs import plan_cached
     from embcache.probe.protocol import write_splits
 
@@ -197,7 +198,7 @@ def export(
     write_splits(splits, Path(output))
     _print(splits)
     echo(f"written to {output}")
-    print_next("probe", "--dataset", found.name, "--splits", output, home=home)
+    print_next("probe", "--dataset", found.name, *target_flags(found), "--splits", output, home=home)
 
 
 @command()
@@ -215,14 +216,15 @@ def import_(
 
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
+    from embcache.data.classes import target_flags
     from embcache.probe.inputs import import_splits
 
     found, _ = load_named(dataset, ref, home)
     imported = import_splits(file, found, home)
     _print(imported.splits)
     echo(f"kept as {imported.path}")
-    words = ["--dataset", found.name, "--splits", imported.name, "--subset", str(imported.splits.subsets[0])]
-    print_next("probe", *words, home=home)
+    words = ["--dataset", found.name, *target_flags(found), "--splits", imported.name]
+    print_next("probe", *words, "--subset", str(imported.splits.subsets[0]), home=home)
 
 
 def _print(splits: Splits) -> None:

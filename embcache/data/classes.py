@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 MAX_VALUES = 20
 """A column of text with more distinct values names things (a file, a patient) rather than groups of images."""
 
+MOST_FINDINGS = 100
+
 FEW_NUMBERS = 5
 """A column of numbers with so many distinct values or fewer is taken value by value."""
 
@@ -83,10 +85,10 @@ def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
 
 def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """New name of each class that is dropped (empty) or merged, in the order of the classes."""
-    if ds.kind not in ("classes", "ordinal"):
+    if ds.kind == "number":
         raise UsageError(
-            f"only classes can be dropped or merged, and {ds.name} has {ds.task.nouns}", code="not-classes",
-            found=first_few(ds.class_names), fix="--target COLUMN,COLUMN with the findings that are meant",
+            f"classes can be dropped or merged, and {ds.name} has a number as its target", code="not-classes",
+            found=first_few(ds.class_names), fix="leave --drop-class and --merge-class out",
         )  # fmt: skip
     dropped = list(dict.fromkeys(drop))
     merged = {name: list(dict.fromkeys(members)) for name, members in merge.items()}
@@ -118,7 +120,7 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
             )  # fmt: skip
     new = {name: "" for name in dropped} | {m: name for name, members in merged.items() for m in members}
     left = {new.get(name, name) for name in ds.class_names} - {""}
-    if len(left) < 2:
+    if len(left) < (1 if ds.kind == "findings" else 2):
         raise UsageError(
             f"fewer than two classes of {ds.name} would be left", code="too-few-classes",
             expected="two classes or more", found=", ".join(left) or "none",
@@ -133,6 +135,8 @@ def rename_classes(ds: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
         return ds
     of = [names.get(name, name) for name in ds.class_names]
     class_names = tuple(dict.fromkeys(name for name in of if name))
+    if ds.kind == "findings":
+        return _rename_findings(ds, of, class_names, names)
     number = {name: c for c, name in enumerate(class_names)} | {"": -2}
     labels = np.array([*(number[name] for name in of), -1], dtype=np.int64)[ds.labels]  # unlabeled is −1, the last
     table = ds.table.assign(label=labels)[labels >= -1]
@@ -144,6 +148,22 @@ def rename_classes(ds: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
     return replace(
         ds, class_names=class_names, metric=metric, table=table, leaderboard_alpha=None, notes=tuple(notes),
         renamed=renamed, whole=ds.whole or ds,
+    )  # fmt: skip
+
+
+def _rename_findings(
+    ds: ImageDataset, of: Sequence[str], kept: tuple[str, ...], names: Mapping[str, str]
+) -> ImageDataset:
+    """Findings left out as columns, their images kept; merged ones are present where any of them is."""
+    members = {new: [name for name, other in zip(ds.class_names, of, strict=True) if other == new] for new in kept}
+    y = dict(zip(ds.class_names, ds.labels.T, strict=True))
+    columns = {new: np.max([y[name] for name in own], axis=0) for new, own in members.items()}
+    notes = [f"finding {name} is left out" for name in names if not names[name]]
+    notes += [f"findings {', '.join(own)} are one finding, {new}" for new, own in members.items() if len(own) > 1]
+    table = ds.table.assign(label=np.where(_any_known(columns), 0, -1).astype(np.int64), **columns)
+    return replace(
+        ds, class_names=kept, columns=kept, table=table, notes=(*ds.notes, *notes), whole=ds.whole or ds,
+        renamed={**ds.renamed, **names},
     )  # fmt: skip
 
 
@@ -259,7 +279,7 @@ def column_values(ds: ImageDataset, column: str) -> Column:
 
 
 def retarget(
-    ds: ImageDataset, target: str | None, task: str | None = None, *, loss: str = "", uncertain: str = "unknown"
+    ds: ImageDataset, target: str | None, task: str | None = "classes", *, loss: str = "", uncertain: str = "unknown"
 ) -> ImageDataset:
     """The same images with the values of columns as what is predicted.
 
@@ -273,7 +293,7 @@ def retarget(
     target : str or None
         A column, or several with commas; None, or ``label``, for the dataset's own labels.
     task : {"classes", "ordinal", "findings", "number"}, optional
-        What the values are. Without it a guess, with its reason in a note: several columns, or one of lists with
+        What the values are. None is a guess, with its reason in a note: several columns, or one of lists with
         separators, are findings; more than five distinct numbers are a number; all else classes, which are text as it
         is, ages in bands, other numbers in quarters.
     loss : str
@@ -293,7 +313,7 @@ def retarget(
             fix=f"embcache.data.classes.retarget(dataset, {target!r}).with_classes(…)",
         )  # fmt: skip
     title = ", ".join(names)
-    if (title == ds.target and task in (None, ds.kind) and loss in ("", ds.loss)) or (not names and task is None):
+    if (title == ds.target and task in (None, ds.kind) and loss in ("", ds.loss)) or (target is None and task is None):
         return ds
     texts = {name: _texts(ds, name) for name in names} or {"label": _own_texts(ds)}
     why = ""
@@ -429,7 +449,10 @@ def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncerta
     if len(texts) == 1:
         ((name, values),) = texts.items()
         separator = separator_of(values)
-        if separator or {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN):
+        if separator or (
+            _numbers(list(values)) is None
+            and {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN)
+        ):
             names, y, notes = read_list(name, values, separator)
             return _as_columns(ds, names, y, notes)
     y, notes = read_columns(texts, uncertain, where=where)
@@ -442,14 +465,11 @@ def _as_columns(ds: ImageDataset, names: tuple[str, ...], y: NDArray[np.int64], 
             f"a finding may not be called {taken[0]!r}", code="class-names", found=first_few(names),
             expected=f"other names than {', '.join(COLUMNS)}", where=ds.origin or ds.root, fix="rename it in the table",
         )  # fmt: skip
-    training = y[_training(ds)]
-    if lacking := [n for n, column in zip(names, training.T, strict=True) if not {0, 1} <= set(column.tolist())]:
-        rest = [name for name in names if name not in lacking]
+    if len(names) > MOST_FINDINGS or not names:
         raise DatasetError(
-            f"{len(lacking)} of {len(names)} findings of {ds.name} are never present, or never absent, in training",
-            code="constant-target", found=first_few(lacking), where=ds.origin or ds.root,
-            expected="images with and without each finding",
-            fix=f"--target {shlex.quote(','.join(rest))}" if rest else "other columns",
+            f"{len(names):,} findings are listed", code="column-values", found=first_few(names),
+            expected=f"1 to {MOST_FINDINGS} findings", where=ds.origin or ds.root,
+            fix=("--task classes", "another column"),
         )  # fmt: skip
     return _Reading(names, columns=dict(zip(names, y.T, strict=True)), notes=notes)
 

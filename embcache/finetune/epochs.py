@@ -392,7 +392,7 @@ class Trainer:
         self.model.train(False)
         with torch.no_grad(), self._arithmetic():
             for pixels in batches(self.frames, plan, self.augment, self.pool):
-                parts.append(self.model.logits(pixels).float().cpu().numpy())
+                parts.append(self.model.finished(self.model.logits(pixels)).float().cpu().numpy())
                 self.on_images(len(pixels))
         return np.concatenate(parts)
 
@@ -421,7 +421,7 @@ class Trainer:
                 loss = 0.0
                 for part in _join_single(_split(range(len(rows)), self._part)):
                     chosen = slice(part[0], part[-1] + 1)
-                    out = model.outputs(pixels[chosen], {name: mask[chosen] for name, mask in masks.items()} or None)
+                    out = model.logits(pixels[chosen], {name: mask[chosen] for name, mask in masks.items()} or None)
                     given = {name: value[None] for name, value in model.params.items()}
                     # Divided by the whole batch, so that the gradients of the parts add up to that of the batch.
                     each = target.row_losses(out[None], y[chosen][None], given).sum() / len(rows)

@@ -43,11 +43,10 @@ class ImageModel:
     precision: str  # arithmetic of the backbones; the head and the loss are always computed in fp32
 
     def logits(self, pixels: Tensor, masks: Tensors | None = None) -> Tensor:
-        """Logits, float32 (B, C), of a uint8 batch (B, H, W, 3); ``masks`` (B, width) are the head's dropout."""
-        return finish({n: p[None] for n, p in self.params.items()}, self.outputs(pixels, masks)[None])[0]
+        """What the head puts out, float32 (B, width), for a uint8 batch (B, H, W, 3): logits, once they are `finished`.
 
-    def outputs(self, pixels: Tensor, masks: Tensors | None = None) -> Tensor:
-        """What the head puts out, float32 (B, width): what `logits` finishes, and what a target's loss is of."""
+        ``masks`` (B, width of each) are the head's dropout.
+        """
         seen: dict[tuple[object, ...], Tensor] = {}
         features: State = {}
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -66,6 +65,10 @@ class ImageModel:
             None if masks is None else {name: value[None] for name, value in masks.items()},
         )
         return output[0]
+
+    def finished(self, out: Tensor) -> Tensor:
+        """Logits (B, C) from what the head put out."""
+        return finish({name: value[None] for name, value in self.params.items()}, out[None])[0]
 
     def train(self, mode: bool = True) -> None:
         """Let batch normalization and dropout behave as in training, or not."""
@@ -147,7 +150,8 @@ class FinetunedModel:
         """Logits, float32 (B, C), of a uint8 batch (B, *transform.size, 3)."""
         precision = "tf32" if self.model.precision == "tf32" else "fp32"
         with torch.no_grad(), arithmetic(self.model.device, precision):
-            return np.asarray(self.model.logits(torch.from_numpy(pixels)).float().cpu().numpy())
+            out = self.model.finished(self.model.logits(torch.from_numpy(pixels)))
+            return np.asarray(out.float().cpu().numpy())
 
 
 def load_finetuned(

@@ -86,7 +86,7 @@ def probe_features(
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)
     made = ProbeConfig.make(config, {key: value for key, value in options.items() if value is not None})
-    dataset = retarget(dataset, target, task)
+    dataset = dataset if target is None and task is None else retarget(dataset, target, task)
     (result,) = probe(dataset, [names], [subset], made, home=home, head=head, progress=progress)
     return result
 

@@ -545,12 +545,11 @@ def _check_findings(ds: ImageDataset, sides: Sides, folds: int) -> None:
             if (n := len(set(groups[column == value]))) < needed:
                 few.setdefault(name, f"{name}: {n:,} groups {word} it")
     if few:
-        rest = [name for name in ds.class_names if name not in few]
         raise ProtocolError(
             f"{len(few)} of {len(ds.class_names)} findings of {ds.name} are too rare for {folds} folds",
             code="class-too-small", expected=f"at least {needed} groups with and without every finding in the pool",
             found="; ".join(few.values()), where=ds.root,
-            fix=[*([f"--target {shlex.quote(','.join(rest))}"] if rest else []), "fewer --folds", "label more images"],
+            fix=[f"--drop-class {shlex.quote(','.join(few))}", "fewer --folds", "label more images"],
         )  # fmt: skip
 
 

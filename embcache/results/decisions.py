@@ -84,6 +84,7 @@ def against_rest(predictions: Predictions, positive: int) -> Predictions:
         logits=np.stack([np.zeros_like(odds), odds], axis=-1),
         class_names=(rest, names[positive]),
         positive=1,
+        target=None,
     )
 
 

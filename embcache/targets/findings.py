@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,11 +77,10 @@ class Findings(Target):
         """Each finding needs an image with and one without it."""
         for value, word in ((1, "with"), (0, "known to be without")):
             if lacking := [name for name, n in zip(self.names, (y == value).sum(0), strict=True) if not n]:
-                rest = [name for name in self.names if name not in lacking]
-                leave = [f"--target {','.join(rest)}"] if rest else []
+                leave = f"--drop-class {shlex.quote(','.join(lacking))}"
                 raise refuse_part(
                     where, f"has no image {word} {lacking[0]}", f"{len(y):,} images, none {word} {', '.join(lacking)}",
-                    [*leave, *fix], "finding-one-sided",
+                    [leave, *fix], "finding-one-sided",
                 )  # fmt: skip
 
     def absent(self, y: NDArray[Any]) -> list[int]:

@@ -41,18 +41,3 @@ class Ordinal(Classes):
         cuts = torch.logit(torch.arange(1, n, dtype=torch.float64) / n)
         first = {"target.first": cuts[:1].float()}
         return first | ({"target.gaps": cuts.diff().log().float()} if n > 2 else {})
-
-
-def class_logits(score: Tensor, first: Tensor, gaps: Tensor | None) -> Tensor:
-    """Log probabilities (K, B, C) from scores (K, B, 1), first cuts (K, 1) and log gaps (K, C − 2)."""
-    import torch
-    import torch.nn.functional as F
-
-    parts = [first] if gaps is None else [first, first + gaps.exp().cumsum(-1)]
-    below = torch.cat(parts, dim=-1)[:, None] - score  # (K, B, C − 1), logits of P(y ≤ c)
-    up, down = F.logsigmoid(below), F.logsigmoid(-below)
-    # σ(a) − σ(b) = σ(a) σ(−b) (1 − exp(b − a)), for a > b
-    between = up[..., 1:] + down[..., :-1]
-    if gaps is not None:
-        between = between + torch.log(-torch.expm1(-gaps.exp()))[:, None]
-    return torch.cat([up[..., :1], between, down[..., -1:]], dim=-1)

@@ -119,7 +119,9 @@ def test_what_predict_uses_and_patients_are_scored(cached: ImageDataset, home: P
     ensemble = frame.groupby("id").agg({"label": "first", "p_1": "mean", "group": "first"})
     scores = result.estimates
     assert scores["ensemble"].mean == pytest.approx(roc_auc_score(ensemble["label"], ensemble["p_1"]))
-    assert result.by_group["why"] == "of 30 groups 30 hold images of several classes"
+    mixed = ensemble.groupby("group")["label"].nunique() > 1
+    assert result.by_group["mixed"] == mixed.sum() > 0
+    assert result.by_group["groups"] == (~mixed).sum()
     table = cached.table.assign(label=[k // 2 % 2 for k in range(len(cached.table))])  # a class per group
     found = probe_features(replace(cached, table=table), "a", home=home)
     frame = load_predictions(run_of(found, home))

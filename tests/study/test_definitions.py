@@ -125,7 +125,6 @@ BASE = 'datasets = ["a"]\nbackbones = ["x"]\n'
     ("text", "code"),
     [
         ('dataset = ["a"]\nbackbones = ["x"]\n', "unknown-option"),
-        (BASE + 'target = "sex"\n', "unknown-option"),
         ('backbones = ["x"]\n', "study-incomplete"),
         (BASE + "heads = []\n", "study-value"),
         (BASE + 'name = "a\\u0000b"\n', "study-value"),

@@ -322,6 +322,9 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
     notes += more if groups is not None else [UNGROUPED, *more]
     cells = {"id": ids, "path": paths, "group": groups or ids, "split": splits}
     used |= {column} if plain_name(column) == "group" else set()
+    label = found.get("label", "label")
+    if label != "label" and plain_name(label) in map(plain_name, (ref.target or "").split(",")):
+        used -= {label}  # a target by that name is its values
     for each in (c for c in given.columns if c not in used):
         cells["source_" + each if each in COLUMNS else each] = given[each].tolist()
     ref = ref if "label" not in found else replace(ref, target=None)  # else remembered: there are no other labels
