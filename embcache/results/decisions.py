@@ -458,7 +458,8 @@ class Described:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, every field by its name."""
-        return {**asdict(self), "result": self.result.to_json()}
+        data = {**asdict(self), "result": self.result.to_json()}
+        return data if self.findings else {key: value for key, value in data.items() if key != "findings"}
 
 
 @dataclass(frozen=True)
@@ -503,7 +504,11 @@ def describe(
     measures = [find_metric(m, result.task) for m in asked]
     for measure in measures if metrics else ():
         check_order(measure, result.task)
-    keys = dict.fromkeys(m.key for m in measures if metrics or not m.ordered or has_order(names) or kind in _OF_KIND)
+    if not metrics:
+        ordered = has_order(names) or kind != "classes"
+        measures = [m for m in measures if ordered or not m.ordered]
+        measures = [m for m in measures if m.key != "mae" or len(names) != 2]
+    keys = dict.fromkeys(m.key for m in measures)
     found = Described(
         result,
         scores={key: all_estimates(test, key) for key in keys},

@@ -214,6 +214,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
         data = {**asdict(self), "estimate": None if self.estimate is None else self.estimate.to_json()}
+        if not self.baseline:
+            del data["baseline"]
         return plain(data)  # type: ignore[no-any-return]
 
     @classmethod
