@@ -236,7 +236,7 @@ def join_groups(ds: ImageDataset, sizes: Mapping[str, int | None], *, merge_iden
         digests = identical_files(ds.root, sizes)
         keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
         ds = replace(ds, table=ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys)))
-        notes += _duplicate_notes(ds.table, keys, ds.class_names)
+        notes += _duplicate_notes(ds, keys)
     return ds.with_notes(*notes, *overlap_notes(ds.table))
 
 
@@ -285,18 +285,19 @@ def _not_alone(keys: Mapping[str, object]) -> list[str]:
     return [path for paths in together.values() if len(paths) > 1 for path in paths]
 
 
-def _duplicate_notes(table: pd.DataFrame, keys: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    twins = table.assign(key=list(keys))
-    twins = twins[twins["key"] != ""]
-    if twins.empty:
+def _duplicate_notes(ds: ImageDataset, keys: Sequence[str]) -> list[str]:
+    rows = [row for row, key in enumerate(keys) if key]
+    if not rows:
         return []
+    shown = [ds.task.words(value) for value in ds.labels[rows]]
+    twins = ds.table.iloc[rows].assign(key=[keys[row] for row in rows], shown=shown)
     sets = twins["key"].nunique()
     notes = [f"{len(twins):,} images are byte-identical copies in {sets:,} sets: each set is one group"]
     conflicts = []
     for _, copies in twins[twins["label"] >= 0].groupby("key", sort=False):
-        if copies["label"].nunique() > 1:
-            pairs = zip(copies["id"].tolist(), copies["label"].tolist(), strict=True)
-            conflicts.append(" = ".join(f"{i} ({class_names[label]})" for i, label in pairs))
+        if copies["shown"].nunique() > 1:
+            pairs = zip(copies["id"].tolist(), copies["shown"].tolist(), strict=True)
+            conflicts.append(" = ".join(f"{i} ({value})" for i, value in pairs))
     if conflicts:
         notes.append(f"{len(conflicts):,} sets of identical images carry conflicting labels: {first_few(conflicts)}")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +100,25 @@ def _table(arrays: Arrays, texts: Texts, source: dict[str, str]) -> pa.Table:
     names = [f"v{v}_f{i}" if views > 1 else f"f{i}" for v in range(views) for i in range(dim)]
     columns = {
         "id": pa.array(texts["ids"], pa.string()),
-        "label": pa.array(labels),
-        "class_name": pa.array([classes[label] if label >= 0 else "" for label in labels.tolist()], pa.string()),
+        **_labels(labels, classes),
         "group": pa.array(texts["groups"], pa.string()),
         "split": pa.array(texts["split"], pa.string()),
         **{name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(names)},
     }
     metadata = {**source, "class_names": json.dumps(classes, ensure_ascii=False)}
     return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _labels(labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """``label`` and ``class_name``; of findings one column ``label_NAME`` for each; of a number ``label``."""
+    import pyarrow as pa
+
+    if labels.ndim == 2:
+        return {f"label_{name}": pa.array(column) for name, column in zip(names, labels.T, strict=True)}
+    if labels.dtype.kind == "f":
+        return {"label": pa.array(labels)}
+    named = [names[label] if label >= 0 else "" for label in labels.tolist()]
+    return {"label": pa.array(labels), "class_name": pa.array(named, pa.string())}
 
 
 def _write_npz(path: Path, arrays: Arrays, texts: Texts, source: dict[str, str]) -> None:

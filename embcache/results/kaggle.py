@@ -163,6 +163,7 @@ def _competition(result: Result, ds: ImageDataset) -> Competition:
             found=f"{result.id} on {ds.name}",
         )  # fmt: skip
     classes = class_words(result.request.get("classes", {}))
+    classes = classes or (f"a target of kind {result.task.kind}" if result.task.kind in ("findings", "number") else "")
     if result.target or classes or result.kind == "kaggle":
         other = f"probe of the column {result.target!r}" if result.target else classes or result.kind
         raise UsageError(

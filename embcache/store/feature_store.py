@@ -23,6 +23,7 @@ from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, slug
 from embcache.store import reading
 from embcache.store.schema import PlanEntry, Recipe, StoreHeader
+from embcache.targets import Target, make_target
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,15 @@ class NamedTable(Protocol):
     @property
     def table(self) -> pd.DataFrame:
         """One row per image: at least ``id``, ``label``, ``group``, ``split``."""
+
+
+@runtime_checkable
+class Targeted(NamedTable, Protocol):
+    """A dataset that says what is predicted of it, as an ImageDataset does."""
+
+    @property
+    def task(self) -> Target:
+        """What is predicted."""
 
 
 @runtime_checkable
@@ -292,7 +302,8 @@ class FeatureStore:
         X : ndarray (n, *row_shape)
             Of the stored dtype.
         y : ndarray of int64 (n,)
-            Labels; -1 where there is none.
+            Labels; -1 where there is none. Of an ImageDataset with another target its values: findings int64 (n, L), -1
+            unknown; a number float64 (n,), NaN unknown.
         groups : ndarray of str (n,)
             Patient, slide or whatever must not be divided.
 
@@ -312,7 +323,8 @@ class FeatureStore:
                 found=f"no row for {absent[0]!r}" + (f" and {len(absent) - 1:,} more" if len(absent) > 1 else ""),
                 where=self.path, fix=fill_command(self, dataset),
             )  # fmt: skip
-        labels = table["label"].to_numpy(dtype=np.int64)[kept]
+        target = dataset.task if isinstance(dataset, Targeted) else make_target("classes", ())
+        labels = target.values(table)[kept]
         groups = np.array([str(group) for group in table["group"]], dtype=np.str_)[kept]
         return self.features[rows[kept]], labels, groups
 
