@@ -189,7 +189,7 @@ def export(
     dataset: OneDataset,
     home: Path | None,
     config: ExportConfig,
-    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class")],
+    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target", "task", "uncertain")],
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from embcache.config import DatasetRef
-from embcache.data.classes import class_order, label_notes, label_numbers, same_but_for_case
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import (
     TABLE_SUFFIXES,
@@ -33,6 +32,13 @@ from embcache.data.files import (
     walk_images,
 )  # fmt: skip
 from embcache.data.groups import UNGROUPED, find_groups
+from embcache.data.label_texts import (
+    class_order,
+    label_notes,
+    label_numbers,
+    same_but_for_case,
+    unclear_labels,
+)
 from embcache.data.published import DatasetLayout, named_columns
 from embcache.data.tables import (
     COLUMNS,
@@ -346,6 +352,9 @@ def _dataset(
     merged, done, more = same_but_for_case(labels, ref.merge_class, where=where)
     labels = [merged.get(label, label) for label in labels] if merged else labels
     class_names = class_order(label for label, split in zip(labels, cells["split"], strict=True) if split == "train")
+    every = class_order(labels)
+    if len(every) > len(class_names) and unclear_labels(labels, every):
+        class_names = every  # no classes at all, perhaps: `refuse_unclear` asks before training
     numbers = label_numbers(labels, class_names, ids=cells["id"], where=where)
     if len(class_names) < 2 and (class_names or table is None):
         above = f"--data-root '{root.parent}'"
