@@ -34,6 +34,7 @@ BOOTSTRAP_SEED = 20_210_823  # one for all results: two rows on the same test se
 FEWEST_GROUPS = 5  # with fewer (of a class, for metrics that score each class) there is no interval
 LARGEST_OVERLAP = 0.9  # above it, models that share training rows say too little about a newly trained one
 NOTHING = 1e-24  # a variance that is rounding
+_LEAST, _VALUES = 200, 200_000_000  # resamples of large sets of findings; values of findings that are resampled in all
 _BLOCK, _CELLS = 100, 20_000_000  # resamples drawn and scored at a time; weights of values that are held
 
 
@@ -142,6 +143,8 @@ def sample(metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int =
     block = max(1, min(_BLOCK, _CELLS // max(1, test.labels.size)))
     rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
     check_number("resamples", resamples, 1, 1_000_000)
+    if test.labels.ndim == 2:  # ten seconds rather than five minutes for 14 findings of 25,000 images
+        resamples = min(resamples, max(_LEAST, _VALUES // z.size))
     for start in range(0, resamples, block):
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=block)
         weights = drawn[: resamples - start, group].astype(np.float64)
