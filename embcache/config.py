@@ -100,6 +100,7 @@ class DatasetRef(Config):
     uncertain: str = option(
         "unknown", "What uncertain values of findings (-1) are taken as.", choices=("unknown", "zero", "one")
     )
+    unmentioned: str = option("unknown", "What empty values of findings are taken as.", choices=("unknown", "zero"))
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,11 @@ def check_dataset(dataset: ImageDataset, *, images: int = 20) -> None:
     assert table["id"].is_unique, "ids are unique"
     for column in ("id", "path", "group", "split"):
         assert all(isinstance(value, str) for value in table[column]), f"column {column!r} is text"
-    absent = set(range(len(dataset.class_names))) - set(dataset.labels.tolist())
-    assert not absent, f"classes without an image: {[dataset.class_names[c] for c in sorted(absent)]}"
-    assert find_metric(dataset.metric, len(dataset.class_names)), "the metric is registered"
+    task = dataset.task
+    absent = [name for name, n in zip(task.names, task.counts(dataset.labels), strict=True) if not n]
+    assert not absent, f"{task.nouns} without an image: {absent}"
+    assert find_metric(dataset.metric, task), "the metric is registered"
+    assert ((dataset.table["label"] >= 0) == task.known(dataset.labels)).all(), "label is -1 where nothing is known"
     assert dataset.augment in {"patch", "fundus", "chest", "generic"}, f"unknown augmentation {dataset.augment!r}"
     sizes = dict(dataset.subset_sizes)
     assert set(sizes) == {"S", "M"}, "subsets S and M have a size, and no others"

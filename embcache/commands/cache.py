@@ -189,7 +189,7 @@ def export(
     dataset: OneDataset,
     home: Path | None,
     config: ExportConfig,
-    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target", "task", "uncertain")],
+    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target", "task", "uncertain", "unmentioned")],
 ) -> None:
     """Write features, labels, groups and splits of one store as one file for other tools.
 
@@ -278,7 +278,7 @@ def verify(
     recipe: str | None,
     home: Path | None,
     json: str | None,
-    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target", "task", "uncertain")],
+    ref: Annotated[DatasetRef, Skip("drop_class", "merge_class", "target", "task", "uncertain", "unmentioned")],
     config: VerifyConfig,
 ) -> Answer:
     """Read every byte of what is cached and compare it with what was committed.

@@ -43,7 +43,8 @@ def predict(
     json: str | None,
     config: PredictConfig,
     ref: Annotated[
-        DatasetRef, Skip("target", "task", "uncertain", "name", "allow_missing", "drop_class", "merge_class")
+        DatasetRef,
+        Skip("target", "task", "uncertain", "unmentioned", "name", "allow_missing", "drop_class", "merge_class"),
     ],
 ) -> Answer:
     """Predict images by a saved run: a CSV with the probability of each class, the mean over the run's folds.

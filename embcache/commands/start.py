@@ -62,7 +62,9 @@ def datasets(
         str | None, typer.Argument(metavar="NAME", help="Show this dataset in full: classes, groups, missing images.")
     ] = None,
     home: Path | None,
-    ref: Annotated[DatasetRef, Skip("name", "allow_missing", "drop_class", "target", "task", "uncertain")],
+    ref: Annotated[
+        DatasetRef, Skip("name", "allow_missing", "drop_class", "target", "task", "uncertain", "unmentioned")
+    ],
 ) -> Answer:
     """List the datasets and what was found of each; with a NAME, one of them in full.
 
@@ -109,23 +111,29 @@ def _description(dataset: ImageDataset) -> tuple[str, str]:
 
 def _survey(dataset: ImageDataset) -> dict[str, Any]:
     splits, here = _splits(dataset), _present(dataset)
-    names = [*enumerate(dataset.class_names), *([(-1, "unlabeled")] if (dataset.labels < 0).any() else [])]
+    task, y = dataset.task, dataset.labels
+    known = task.known(y)
     of = {split: (dataset.table["split"] == split).to_numpy() for split in splits}
 
-    def count(rows: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
-        return {name: {s: int((rows & of[s] & (dataset.labels == c)).sum()) for s in splits} for c, name in names}
+    def count(rows: npt.NDArray[np.bool_], y: npt.NDArray[Any] = y) -> dict[str, dict[str, int]]:
+        counts = {s: task.counts(y[rows & of[s]]) for s in splits}
+        found = {name: {s: counts[s][c] for s in splits} for c, name in enumerate(task.names)}
+        unlabeled = {s: int((rows & of[s] & ~known).sum()) for s in splits}
+        return found | ({} if known.all() else {"unlabeled": unlabeled})
 
     return {
         "name": dataset.name,
         "kind": dataset.layout,
         "description": _description(dataset)[0],
         "root": str(dataset.root),
+        "task": task.kind,
         "metric": dataset.metric,
         "subset_sizes": dict(dataset.subset_sizes),
         "images": len(dataset),
         "images_found": int(here.sum()),
         "classes": count(here | True),
         "classes_found": count(here),
+        **({"absent": count(here | True, 1 - y)} if task.kind == "findings" else {}),
         "groups": splits,
         "missing": list(dataset.missing),
         "notes": list(dataset.notes),
@@ -164,6 +172,8 @@ def _print_list(rows: list[Listed]) -> None:
 
 
 def _print_survey(dataset: ImageDataset) -> None:
+    import numpy as np
+
     from embcache.data.files import near_misses
     from embcache.errors import first_few
 
@@ -175,11 +185,19 @@ def _print_survey(dataset: ImageDataset) -> None:
     splits = survey["groups"]
     # Beside the number of rows, that of the images that are there.
     tables = [survey["classes"], *([survey["classes_found"]] if missing else [])]
-    rows: list[list[object]] = [
-        [name if name != "unlabeled" else "(unlabeled)", *(f"{t[name][s]:,}" for s in splits for t in tables)]
-        for name in survey["classes"]
-    ]
-    rows.append(["images", *(f"{sum(counts[s] for counts in t.values()):,}" for s in splits for t in tables)])
+    absent = survey.get("absent", {})
+    rows = list[list[object]]()
+    for name in survey["classes"]:
+        without = [absent] if name in dataset.columns and absent else []
+        cells = [
+            " / ".join(f"{t[name][s]:,}" for t in (counts, *without * (counts is tables[0])))
+            for s in splits
+            for counts in tables
+        ]
+        rows.append([name if name != "unlabeled" else "(unlabeled)", *cells])
+    here = [np.ones(len(dataset), dtype=bool), *([_present(dataset)] if missing else [])]
+    of = {s: (dataset.table["split"] == s).to_numpy() for s in splits}
+    rows.append(["images", *(f"{(of[s] & t).sum():,}" for s in splits for t in here)])
     rows.append(["groups", *(cell for n in splits.values() for cell in (f"{n:,}", "")[: len(tables)])])
     if missing:
         near, advice = near_misses(dataset.root, missing) if dataset.root else ("", "")
@@ -187,7 +205,8 @@ def _print_survey(dataset: ImageDataset) -> None:
         notes.append(f"{len(missing):,} images are not there: {first_few(missing)}{get}")
         notes += [f"{line}; {advice}" for line in near.splitlines()]
         notes.append("--allow-missing (in extract) skips them")
-    print_table(["class", *(cell for s in splits for cell in (s, "with image")[: len(tables)])], rows, notes=notes)
+    first = "class" if not absent else "finding: present / absent"
+    print_table([first, *(cell for s in splits for cell in (s, "with image")[: len(tables)])], rows, notes=notes)
 
 
 _GATED = {True: "yes", False: "no", None: ""}

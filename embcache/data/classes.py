@@ -75,7 +75,7 @@ def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
     """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
     target = ref.target or ds.ref.target  # a table without a column of labels keeps what it was loaded for
     if target is not None or ref.task is not None:
-        ds = retarget(ds, target, ref.task, uncertain=ref.uncertain)
+        ds = retarget(ds, target, ref.task, uncertain=ref.uncertain, unmentioned=ref.unmentioned)
     merge = [text for text in ref.merge_class if text not in ds.ref.merge_class]  # the others were merged at loading
     if not (ref.drop_class or merge):
         return ds
@@ -204,7 +204,8 @@ def target_words(request: Mapping[str, Any]) -> str:
 def target_flags(ds: ImageDataset) -> list[str]:
     """The words of a command that predicts what a dataset was given as its target."""
     words = ["--target", ds.target] if ds.target else []
-    return [*words, "--task", ds.kind] if words or (ds.whole is not None and ds.whole.kind != ds.kind) else []
+    other = ds.whole is not None and (ds.whole.kind, ds.whole.loss) != (ds.kind, ds.loss)
+    return [*words, "--task", ds.kind] if words or other else []
 
 
 def task_flags(request: Mapping[str, Any]) -> list[str]:
@@ -279,7 +280,13 @@ def column_values(ds: ImageDataset, column: str) -> Column:
 
 
 def retarget(
-    ds: ImageDataset, target: str | None, task: str | None = "classes", *, loss: str = "", uncertain: str = "unknown"
+    ds: ImageDataset,
+    target: str | None,
+    task: str | None = "classes",
+    *,
+    loss: str = "",
+    uncertain: str = "unknown",
+    unmentioned: str = "unknown",
 ) -> ImageDataset:
     """The same images with the values of columns as what is predicted.
 
@@ -300,6 +307,8 @@ def retarget(
         Loss of trained heads; empty for the task's own (of ``ordinal`` cumulative logits).
     uncertain : {"unknown", "zero", "one"}
         What uncertain values of findings (-1) are.
+    unmentioned : {"unknown", "zero"}
+        What empty values of findings are.
     """
     if task is not None:
         check_choice("--task", task, targets)
@@ -313,14 +322,15 @@ def retarget(
             fix=f"embcache.data.classes.retarget(dataset, {target!r}).with_classes(…)",
         )  # fmt: skip
     title = ", ".join(names)
-    if (title == ds.target and task in (None, ds.kind) and loss in ("", ds.loss)) or (target is None and task is None):
-        return ds
+    if (title == ds.target and task in (None, ds.kind)) or (target is None and task is None):
+        loss = loss or ("cumulative" if task == "ordinal" else ds.task.loss)
+        return ds if loss == ds.task.loss else replace(ds, loss=loss, whole=ds.whole or ds)
     texts = {name: _texts(ds, name) for name in names} or {"label": _own_texts(ds)}
     why = ""
     if task is None:
         task, why = guess_task(texts)
     kept = names or ["label"]
-    reading = _READ[task](ds, texts, uncertain)
+    reading = _READ[task](ds, texts, (uncertain, unmentioned))
     guessed = f"the target is {_title(kept)} ({task}): {why}; --task takes it otherwise"
     notes = [guessed] if why and task != "classes" else []
     if not names:
@@ -369,9 +379,15 @@ def _columns_of(ds: ImageDataset, target: str) -> list[str]:
     return found
 
 
+def _settled(ds: ImageDataset, name: str) -> bool:
+    """Whether a column holds a finding of the target, of which -1 is unknown rather than uncertain."""
+    return ds.kind == "findings" and name in ds.columns
+
+
 def _texts(ds: ImageDataset, name: str) -> list[str]:
     texts = [as_text(value) for value in ds.table[name].tolist()]
-    texts = ["" if text.lower() in _NO_VALUE - {"none"} else text for text in texts]
+    absent = _NO_VALUE - {"none"} | ({"-1"} if _settled(ds, name) else set())
+    texts = ["" if text.lower() in absent else text for text in texts]
     if not any(texts):
         raise DatasetError(
             f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
@@ -413,7 +429,7 @@ class _Reading:
     notes: Sequence[str] = ()
 
 
-def _read_classes(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+def _read_classes(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtful: tuple[str, str]) -> _Reading:
     name, values = _one(texts, "classes")
     found = Column(name, ds.class_names, np.array(values, dtype=object))
     found = found if name == "label" else column_values(ds, name)
@@ -423,7 +439,7 @@ def _read_classes(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertai
     return _Reading(names, _numbered(found.of, names), notes=found.notes)
 
 
-def _read_ordinal(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+def _read_ordinal(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtful: tuple[str, str]) -> _Reading:
     name, values = _one(texts, "ordinal")
     own = name == "label" and ds.kind == "ordinal"
     names = ds.class_names if own else class_order(set(np.array(values, dtype=object)[_training(ds)].tolist()))
@@ -444,8 +460,9 @@ def _read_ordinal(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertai
     return _Reading(names, _numbered(np.array(values, dtype=object), names))
 
 
-def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtful: tuple[str, str]) -> _Reading:
     where = ds.origin or ds.root
+    texts = {name: [v or "?" for v in values] if _settled(ds, name) else values for name, values in texts.items()}
     if len(texts) == 1:
         ((name, values),) = texts.items()
         separator = separator_of(values)
@@ -453,9 +470,10 @@ def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncerta
             _numbers(list(values)) is None
             and {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN)
         ):
+            values = [text or "No finding" for text in values] if doubtful[1] == "zero" else values
             names, y, notes = read_list(name, values, separator)
             return _as_columns(ds, names, y, notes)
-    y, notes = read_columns(texts, uncertain, where=where)
+    y, notes = read_columns(texts, *doubtful, where=where)
     return _as_columns(ds, tuple(texts), y, notes)
 
 
@@ -474,7 +492,7 @@ def _as_columns(ds: ImageDataset, names: tuple[str, ...], y: NDArray[np.int64], 
     return _Reading(names, columns=dict(zip(names, y.T, strict=True)), notes=notes)
 
 
-def _read_number(ds: ImageDataset, texts: Mapping[str, Sequence[str]], uncertain: str) -> _Reading:
+def _read_number(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtful: tuple[str, str]) -> _Reading:
     name, values = _one(texts, "number")
     y, notes = read_numbers(name, values, where=ds.origin or ds.root)
     known = np.unique(y[_training(ds) & np.isfinite(y)])
@@ -518,7 +536,7 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
     """The dataset with the target of a run: its columns and task, its classes dropped or merged."""
     request = request.get("of", request)
     task = request.get("task", {})
-    if request.get("target") or (task and task.get("kind") != ds.kind):
+    if request.get("target") or task:
         kind = task.get("kind", "classes")
         ds = retarget(ds, request.get("target"), kind, loss=task.get("loss", "softmax"))
     return rename_classes(ds, request.get("classes", {}))

@@ -323,7 +323,7 @@ def _check_columns(table: pd.DataFrame, task: Target, *, where: object) -> None:
             found=", ".join(task.columns), where=where,
         )  # fmt: skip
     y, number = task.values(table), task.kind == "number"
-    if np.isinf(y).any() if number else not np.isin(y, (-1, 0, 1)).all():
+    if np.isinf(y).any() if number else ((y < -1) | (y > 1)).any():
         raise DatasetError(
             "a column of the target holds other values", code="unknown-label",
             expected="finite numbers, NaN where unknown" if number else "1 present, 0 absent, -1 unknown",
@@ -441,6 +441,15 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
             or "columns by their names",
             where=cached.origin, fix=("--data-root FOLDER", "leave --group-column and the like out"),
         )  # fmt: skip
+    wanted, taken = (DatasetRef(uncertain=r.uncertain, unmentioned=r.unmentioned).words() for r in (ref, cached.ref))
+    if cached.kind == "findings" and wanted != taken:
+        if wanted:
+            raise DatasetNotFoundError(
+                "the images' folder is not there, and the findings of the snapshot were read otherwise",
+                code="columns-differ", expected=" ".join(wanted), found=" ".join(taken) or "uncertain ones as unknown",
+                where=cached.origin, fix=("--data-root FOLDER", f"leave {' '.join(wanted)} out"),
+            )  # fmt: skip
+        cached = cached.with_notes(f"the findings are those of the snapshot, read with {' '.join(taken)}")
     return cached, "snapshot"
 
 

@@ -224,17 +224,20 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
     by_folder: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
+    base, real_of = os.path.realpath(root), _real_folders(root)
+    within = base.rstrip(os.sep) + os.sep
     for folder, members in by_folder.items():
-        inside = is_inside(root, os.path.realpath(root / folder))
+        place = real_of(folder)
+        if place != base and not place.startswith(within):
+            raise refuse_outside(members[0], where=root)
         try:
-            with os.scandir(root / folder) as listed:
+            with os.scandir(place) as listed:
                 entries = {e.name: e for e in listed}
         except (FileNotFoundError, NotADirectoryError):
-            entries = {}
+            yield from ((path, None) for path in members)
+            continue
         start = len(folder) + 1 if folder else 0
         for path in members:
-            if not inside:
-                raise refuse_outside(path, where=root)
             entry = entries.pop(path[start:], None)  # it keeps what it is asked
             try:
                 if entry is not None and not entry.is_symlink():
@@ -247,6 +250,21 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
                 yield path, look(real) if stat.S_ISREG(os.stat(real).st_mode) else None  # noqa: PTH116
             except (FileNotFoundError, NotADirectoryError):  # absent, or gone since the folder was listed
                 yield path, None
+
+
+def _real_folders(root: Path) -> Callable[[str], str]:
+    """Returns the function that resolves a folder below ``root``: one look at each, for there may be 200,000."""
+    known = {"": os.path.realpath(root)}
+
+    def real(folder: str) -> str:
+        if folder not in known:
+            above, _, name = folder.rpartition("/")
+            place = os.path.join(real(above), name)  # noqa: PTH118
+            plain = name not in ("", ".", "..") and "\\" not in name and not os.path.islink(place)  # noqa: PTH114
+            known[folder] = place if plain else os.path.realpath(place)
+        return known[folder]
+
+    return real
 
 
 # Paths that name no file: the file that was meant, where that is certain, and otherwise what comes near

@@ -31,10 +31,15 @@ if TYPE_CHECKING:
 DATASETS: Registry[Any] = Registry(
     "dataset",
     {
-        name: f"embcache.data.datasets.{name}:LAYOUT"
-        for name in ("aptos", "folder", "nih", "patchcam", "pneumonia", "sample")
+        name: f"embcache.data.datasets.{place}"
+        for name, place in {
+            "aptos": "aptos:LAYOUT", "chexpert": "chexpert:LAYOUT", "eyepacs": "aptos:EYEPACS_LAYOUT",
+            "folder": "folder:LAYOUT", "mimic-cxr": "chexpert:MIMIC_LAYOUT", "nih": "nih:LAYOUT",
+            "nih-findings": "nih:EXPERT_LAYOUT", "nih14": "nih:MINED_LAYOUT", "patchcam": "patchcam:LAYOUT",
+            "pneumonia": "pneumonia:LAYOUT", "sample": "sample:LAYOUT",
+        }.items()
     },
-)
+)  # fmt: skip
 """Layouts by name: a `DatasetLayout`, or a function ``read(root, name) -> ImageDataset``."""
 
 FORM = 2
@@ -73,6 +78,9 @@ class DatasetLayout:
         Makes the data where there is none.
     own_columns : bool
         Whether the table is the user's own: ``read`` then takes the `DatasetRef` as a third argument.
+    uncertain : bool
+        Whether findings may be uncertain or not mentioned: ``read`` then takes the `DatasetRef`, too, whose
+        ``uncertain`` and ``unmentioned`` say what these are, and keeps both in the ``ref`` of the dataset.
     """
 
     name: str
@@ -83,6 +91,7 @@ class DatasetLayout:
     merge_identical: bool = True
     draw: Callable[[Path], None] | None = None
     own_columns: bool = False
+    uncertain: bool = False
 
     def load(self, root: Path, name: str, ref: DatasetRef) -> ImageDataset:
         """Every row that the labels name, and where they are from; `UsageError` for columns of a published layout."""
@@ -93,14 +102,15 @@ class DatasetLayout:
                 found=" ".join(f"--{role}-column" for role in columns),
                 fix="leave these options out, or load its table as a dataset of your own: --dataset folder",
             )  # fmt: skip
-        dataset = self.read(root, name, ref) if self.own_columns else self.read(root, name)
+        takes_ref = self.own_columns or self.uncertain
+        dataset = self.read(root, name, ref) if takes_ref else self.read(root, name)
         return replace(dataset, layout=self.name, origin=root)
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""
         entries = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
         found = first_few(entries) or "an empty folder" if root.is_dir() else "a file" if root.exists() else "nothing"
-        fix = f"put it in {data_dir() / self.name}, or name its folder with --data-root"
+        fix = f"put it in {default_root(self.name)}, or name its folder with --data-root"
         if self.draw is not None:
             fix = "name a folder that is not there yet with --data-root: the images are drawn at first use"
             if not root.exists():
@@ -150,7 +160,8 @@ def unreadable_as_error() -> Iterator[None]:
 
 def default_root(name: str, home: PathLike | None = None) -> Path:
     """Folder of a dataset for which none is named."""
-    return home_dir(home) / "sample-images" if name == "sample" else data_dir() / name
+    same = {"nih-findings": "nih"}  # images and label files
+    return home_dir(home) / "sample-images" if name == "sample" else data_dir() / same.get(name, name)
 
 
 def resolve_root(layout: DatasetLayout, root: PathLike | None, home: PathLike | None, *, draw: bool = True) -> Path:

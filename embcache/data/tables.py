@@ -22,6 +22,7 @@ from typing import cast
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from embcache.config import DatasetRef
@@ -104,6 +105,29 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
         fix = "rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line"
         raise _lacking(path, absent, required, table, fix)
     return table
+
+
+def read_large(path: Path, required: Sequence[str]) -> pd.DataFrame:
+    """Only some columns, as text, of a large CSV file in UTF-8 that a program wrote, packed (``.csv.gz``) or not."""
+    texts = pc.ConvertOptions(include_columns=[*required], column_types=dict.fromkeys(required, pa.string()))
+    try:
+        table: pd.DataFrame = pc.read_csv(path, convert_options=texts).to_pandas()
+    except KeyError as error:
+        header = pc.open_csv(path).schema.empty_table().to_pandas()
+        absent = [name for name in required if name not in header.columns]
+        raise _lacking(path, absent, required, header, "get the file anew") from error
+    except (pa.ArrowException, OSError) as error:
+        expected = "columns separated by commas, in UTF-8"
+        raise _unreadable(path, "a label file cannot be read", error, expected) from error
+    return table
+
+
+def as_numbers(table: pd.DataFrame, columns: Sequence[str], *, where: object) -> pd.DataFrame:
+    """The table with columns of text as numbers, NaN where they are empty."""
+    try:
+        return table.assign(**{column: pd.to_numeric(table[column]) for column in columns})
+    except ValueError as error:
+        raise DatasetError("a number cannot be read", code="not-a-number", found=str(error), where=where) from error
 
 
 def _lacking(path: Path, absent: Sequence[str], required: Sequence[str], table: pd.DataFrame, fix: str) -> DatasetError:

@@ -131,29 +131,41 @@ class Findings(Target):
 
 
 def read_columns(
-    columns: Mapping[str, Sequence[str]], uncertain: str = "unknown", *, where: object = None
+    columns: Mapping[str, Sequence[str]],
+    uncertain: str = "unknown",
+    unmentioned: str = "unknown",
+    *,
+    where: object = None,
 ) -> tuple[IntArray, list[str]]:
-    """Values (n, L) of columns with one finding each, and notes; ``uncertain`` ones are unknown, zero or one."""
+    """Values (n, L) of columns with one finding each, and notes; ``uncertain`` ones are unknown, zero or one, empty
+    (``unmentioned``) ones unknown or zero.
+    """
     of = dict.fromkeys(PRESENT, 1) | dict.fromkeys(ABSENT, 0) | dict.fromkeys(UNKNOWN, -1)
     of |= dict.fromkeys(UNCERTAIN, {"unknown": -1, "zero": 0, "one": 1}[uncertain])
-    values, notes, unsure = [], list[str](), 0
+    of |= {"": 0} if unmentioned == "zero" else {}
+    values, notes, unsure, empty = [], list[str](), 0, 0
     for name, texts in columns.items():
-        plain = [text.strip().casefold() for text in texts]
-        if other := [text for text, key in zip(texts, plain, strict=True) if key not in of]:
+        plain = {text: text.strip().casefold() for text in dict.fromkeys(texts)}  # there may be a million
+        if other := [text for text, key in plain.items() if key not in of]:
             raise DatasetError(
                 f"column {name!r} holds no finding", code="finding-values", where=where,
                 expected="1, 0, yes, no, true, false, positive, negative, -1 or uncertain, or empty for unknown",
-                found=first_few(list(dict.fromkeys(other)), 4),
-                fix="--task classes for one such column, or --task number", 
+                found=first_few(other, 4), fix="--task classes for one such column, or --task number",
             )  # fmt: skip
-        unsure += sum(key in UNCERTAIN for key in plain)
-        values.append([of[key] for key in plain])
+        unsure += sum(texts.count(text) for text, key in plain.items() if key in UNCERTAIN)
+        empty += sum(texts.count(text) for text, key in plain.items() if not key)
+        number = {text: of[key] for text, key in plain.items()}
+        values.append([number[text] for text in texts])
     if unsure:
         word = {"unknown": "left out as unknown", "zero": "taken as absent", "one": "taken as present"}[uncertain]
         notes.append(f"{unsure:,} uncertain values are {word}; --uncertain unknown, zero or one says how")
+    if empty and unmentioned == "zero":
+        notes.append(f"{empty:,} empty values are taken as absent; --unmentioned unknown leaves them out")
     y = np.array(values, dtype=np.int64).T.reshape(-1, len(columns))
     if missing := int((y < 0).sum()) - (unsure if uncertain == "unknown" else 0):
-        notes.append(f"{missing:,} of {y.size:,} values of findings are not known, and left out of loss and scores")
+        advice = "; --unmentioned zero takes the empty ones as absent" * bool(empty and unmentioned == "unknown")
+        left = f"{missing:,} of {y.size:,} values of findings are not known, and left out of loss and scores"
+        notes.append(left + advice)
     return y, notes
 
 
@@ -187,6 +199,7 @@ def read_list(name: str, texts: Sequence[str], separator: str) -> tuple[tuple[st
                 y[row, number[part]] = 1
             elif part:
                 nothing.add(part)
-    words = f", {' and '.join(sorted(nothing))} is none of them" if nothing else ""
-    notes = [f"{name} lists the findings of an image: what it does not list is absent, an empty cell unknown{words}"]
+    words = ", an empty cell unknown" if (y < 0).any() else ""
+    words += f", {' and '.join(sorted(nothing))} is none of them" if nothing else ""
+    notes = [f"{name} lists the findings of an image: what it does not list is absent{words}"]
     return tuple(every), y, notes

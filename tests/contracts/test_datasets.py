@@ -32,7 +32,8 @@ def written(
     with pytest.MonkeyPatch.context() as patch:  # drawing the whole sample takes seconds
         patch.setattr("embcache.data.datasets.sample.GROUPS", 12)
         patch.setattr("embcache.data.datasets.sample.TEST_GROUPS", 3)
-        target = importlib.import_module(f"tests.data.test_{request.param}").write_layout(folder)
+        module = importlib.import_module(f"tests.data.test_{request.param.replace('-', '_')}")
+        target = module.write_layout(folder)
         yield request.param, folder, target.relative_to(folder)
 
 
