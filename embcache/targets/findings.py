@@ -65,22 +65,26 @@ class Findings(Target):
         return shown or ("" if (value < 0).all() else "none")
 
     def strata(self, y: NDArray[Any], rows: IntArray, least: int = 1) -> IntArray:
-        """Membership (n, L + 1): each finding, and none of them."""
+        """Membership (n, L + 1): each finding, and none of them; (n, 2 L + 1), with those known to be without each,
+        where some are not known: a finding may be as rarely denied as it is stated.
+        """
         present = y == 1
-        return np.column_stack([present, ~present.any(1)]).astype(np.int64) * self.known(y)[:, None]
+        without = [y == 0] if (y[rows][self.known(y[rows])] < 0).any() else []
+        return np.column_stack([present, ~present.any(1), *without]).astype(np.int64) * self.known(y)[:, None]
 
     def stratum(self, c: int) -> str:
-        """The finding, or none."""
-        return [*self.names, "none of them"][c]
+        """The finding, none, or those without it."""
+        return [*self.names, "none of them", *(f"without {name}" for name in self.names)][c]
 
     def check_part(self, y: NDArray[Any], where: str, fix: Sequence[str]) -> None:
         """Each finding needs an image with and one without it."""
         for value, word in ((1, "with"), (0, "known to be without")):
             if lacking := [name for name, n in zip(self.names, (y == value).sum(0), strict=True) if not n]:
-                leave = f"--drop-class {shlex.quote(','.join(lacking))}"
+                leave = [f"--drop-class {shlex.quote(','.join(lacking))}"]
+                leave += ["--unmentioned zero, if an empty value means absent"] if not value and (y < 0).any() else []
                 raise refuse_part(
                     where, f"has no image {word} {lacking[0]}", f"{len(y):,} images, none {word} {', '.join(lacking)}",
-                    [leave, *fix], "finding-one-sided",
+                    [*leave, *fix], "finding-one-sided",
                 )  # fmt: skip
 
     def absent(self, y: NDArray[Any]) -> list[int]:

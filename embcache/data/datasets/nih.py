@@ -183,7 +183,7 @@ LAYOUT = DatasetLayout(
 EXPERT_LAYOUT = DatasetLayout(
     name="nih-findings",
     read=read_expert_findings,
-    description="the same as findings: images with several of the four, too",
+    description="the images of nih, with all of the four findings that each has",
     expected=_BUCKET,
     download=_KAGGLE,
 )
