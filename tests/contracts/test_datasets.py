@@ -7,8 +7,11 @@ layout of its kind and returns what to load.
 import importlib
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from embcache.config import DatasetRef
@@ -150,6 +153,23 @@ def test_a_function_of_another_package_is_a_dataset(
     assert find_dataset("mine")[1] == "snapshot"
     with refused(UsageError, "unknown-option"):
         load_dataset("lesions", tmp_path, group_colum="patient")
+
+
+def test_numbers_and_findings_of_a_plugin_keep_the_contract(tmp_path: Path) -> None:
+    for k in range(4):
+        write_image(tmp_path / f"{k}.png", k)
+    names = [f"{k}.png" for k in range(4)]
+    table = pd.DataFrame({"id": names, "path": names, "place": "", "label": 0, "group": names, "split": "train"})
+    table = table.assign(age=[61.5, 48.0, 3.0, np.nan], edema=[1, 0, -1, -1], mass=[0, 1, -1, -1])
+    ages = table.assign(label=[0, 0, 0, -1])
+    dataset = partial(ImageDataset, "mine", tmp_path, augment="chest")
+    check_dataset(dataset(("age",), metric="r2", table=ages, kind="number", columns=("age",)))
+    both, table = ("edema", "mass"), table.assign(label=[0, 0, -1, -1])
+    check_dataset(dataset(both, metric="macro_auc", table=table, kind="findings", columns=both))
+    with pytest.raises(AssertionError, match="findings without an image"):
+        check_dataset(dataset(both, metric="auc", table=table.assign(mass=0, label=0), kind="findings", columns=both))
+    with pytest.raises(AssertionError, match="where nothing is known"):
+        check_dataset(dataset(both, metric="auc", table=table.assign(label=0), kind="findings", columns=both))
 
 
 PLUGIN = """

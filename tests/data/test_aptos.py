@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from embcache.data.classes import as_in_run, target_flags
 from embcache.data.dataset import load_dataset
 from embcache.errors import DatasetError
 from tests.data.pictures import write_image
@@ -56,3 +57,19 @@ def test_the_layout_at_hand_loads(shared_data: Path) -> None:
     assert len(ds.select("test")) == 60
     assert len(set(train.groups)) == 303
     assert any(note.startswith("35 groups occur in both") for note in ds.notes)
+
+
+def test_grades_are_ordered_and_cumulative_logits_are_asked_for(tmp_path: Path) -> None:
+    ds = load_dataset("aptos", write_layout(tmp_path))
+    assert (ds.kind, ds.task.loss, target_flags(ds)) == ("ordinal", "softmax", [])
+    other = load_dataset("aptos", tmp_path, task="ordinal")
+    assert (other.task.loss, other.leaderboard_alpha, target_flags(other)) == (
+        "cumulative",
+        0.85,
+        ["--task", "ordinal"],
+    )
+    assert other.whole is not None
+    assert other.whole.task.loss == "softmax"  # what a snapshot keeps
+    assert as_in_run(ds, {"task": {"kind": "ordinal", "loss": "cumulative"}}).task.loss == "cumulative"
+    assert as_in_run(ds, {}) is ds
+    assert load_dataset("aptos", tmp_path, task="number").kind == "number"

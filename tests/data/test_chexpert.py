@@ -11,6 +11,7 @@ from embcache.data.dataset import find_dataset, load_dataset
 from embcache.data.datasets.chexpert import OBSERVATIONS
 from embcache.data.published import find_layout
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
+from embcache.probe.protocol import plan_splits
 from tests.data.pictures import write_image
 from tests.refusal import refused
 
@@ -71,6 +72,21 @@ def test_the_user_says_what_uncertain_and_empty_ones_are(
     # Some of the findings are read as all of them were: an unknown one is not an uncertain one.
     some = load_dataset("chexpert", tmp_path, target="Edema,Atelectasis", uncertain=uncertain, unmentioned=unmentioned)
     assert some.labels.tolist() == ds.table[["Edema", "Atelectasis"]].to_numpy().tolist()
+
+
+def test_small_subsets_have_images_with_and_without_each_finding(tmp_path: Path) -> None:
+    """Reports seldom deny some findings: one in a hundred images of atelectasis in the original."""
+    rng, base = np.random.default_rng(0), write_layout(tmp_path) / "CheXpert-v1.0-small"
+    paths = [f"train/patient{k:05d}/study1/view1_frontal.jpg" for k in range(2000)]
+    values = rng.choice(["1.0", "-1.0", "0.0", ""], (2000, 14), p=[0.2, 0.1, 0.02, 0.68])
+    rows = [row(path, dict(zip(OBSERVATIONS, each, strict=True))) for path, each in zip(paths, values, strict=True)]
+    (base / "train.csv").write_text("\n".join([HEADER, *rows, ""]))
+    ds = find_layout("chexpert").read(base, "chexpert")
+    splits = plan_splits(ds, subsets=("S",))
+    for fold in range(splits.n_folds):
+        y = splits.labels[splits.train[fold, "S"]]
+        assert len(y) == 200
+        assert min((y == 1).sum(0).min(), (y == 0).sum(0).min()) >= 8
 
 
 def test_columns_are_those_that_are_published(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from embcache.config import DatasetRef
 from embcache.data.dataset import list_datasets, load_dataset, survey_dataset
 from embcache.errors import DatasetNotFoundError
 from embcache.paths import slug
-from tests.data import test_nih, test_patchcam
+from tests.data import test_nih, test_nih_findings, test_patchcam
 from tests.data.pictures import write_image
 from tests.refusal import refused
 
@@ -43,6 +44,16 @@ def keep_folder(home: Path, tmp_path: Path) -> str:
 def test_a_survey_keeps_rows_whose_images_are_missing(nih: Path) -> None:
     found = survey_dataset("nih")
     assert (len(found), found.missing) == (5, ("images/01_001.png",))
+
+
+def test_findings_are_counted_with_and_without(tmp_path: Path) -> None:
+    test_nih_findings.write_layout(tmp_path)
+    shown = run("nih-findings", "--data-root", str(tmp_path))
+    assert re.search(r"fracture +1 / 3 +1 / 2\n", shown)
+    assert re.search(r"images +4 +3\n", shown)
+    data = json.loads(run("nih-findings", "--data-root", str(tmp_path), "--json", "-"))
+    assert data["classes"]["nodule or mass"] == {"train": 2, "test": 1}
+    assert data["absent"]["nodule or mass"] == {"train": 2, "test": 2}
 
 
 def test_a_survey_of_labels_alone_is_no_error(tmp_path: Path) -> None:
