@@ -126,7 +126,7 @@ def _survey(dataset: ImageDataset) -> dict[str, Any]:
         "kind": dataset.layout,
         "description": _description(dataset)[0],
         "root": str(dataset.root),
-        "task": task.kind,
+        **({} if task.kind == "classes" else {"task": task.kind}),
         "metric": dataset.metric,
         "subset_sizes": dict(dataset.subset_sizes),
         "images": len(dataset),
