@@ -27,7 +27,7 @@ from embcache.data.label_texts import merge_example, merges_of, names_in, unclea
 from embcache.data.label_texts import same_but_for_case as same_but_for_case
 from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, check_choice, first_few
-from embcache.targets import targets
+from embcache.targets import declared, targets
 from embcache.targets.findings import (
     ABSENT,
     PRESENT,
@@ -214,7 +214,8 @@ def task_flags(request: Mapping[str, Any]) -> list[str]:
     task = request.get("task", {})
     words += ["--task", task.get("kind", "classes")] if words or task else []
     usual = {"bce": "findings", "squared": "number", "cumulative": "ordinal"}
-    return words + (["--loss", task["loss"]] if task and task["loss"] not in usual else [])
+    words += ["--loss", task["loss"]] if task and task["loss"] not in usual else []
+    return words + [w for name in ("uncertain", "unmentioned") if name in task for w in (f"--{name}", task[name])]
 
 
 def class_flags(names: Mapping[str, str]) -> list[str]:
@@ -349,8 +350,10 @@ def retarget(
         task, "auc" if len(reading.names) == 2 else "macro_auc"
     )
     table = ds.table.assign(label=np.asarray(label, dtype=np.int64), **columns)
+    settled = task != "findings" or any(_settled(ds, name) for name in names)
+    ref = ds.ref if settled else replace(ds.ref, uncertain=uncertain, unmentioned=unmentioned)
     return replace(
-        ds, class_names=reading.names, metric=metric, table=table, leaderboard_alpha=None, target=title,
+        ds, ref=ref, class_names=reading.names, metric=metric, table=table, leaderboard_alpha=None, target=title,
         notes=(*ds.notes, *notes, *reading.notes), whole=ds.whole or ds, kind=task, columns=tuple(columns),
         loss=loss or ("cumulative" if task == "ordinal" else ""),
     )  # fmt: skip
@@ -532,13 +535,20 @@ def _check_varies(ds: ImageDataset, name: str, values: Sequence[str]) -> None:
         )  # fmt: skip
 
 
+def task_of(ds: ImageDataset) -> dict[str, str]:
+    """The task as the request of a run has it, with how doubtful findings were read where that is not as unknown."""
+    doubtful = ("uncertain", "unmentioned") if ds.kind == "findings" else ()
+    return declared(ds.task) | {name: how for name in doubtful if (how := vars(ds.ref)[name]) != "unknown"}
+
+
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
     """The dataset with the target of a run: its columns and task, its classes dropped or merged."""
     request = request.get("of", request)
     task = request.get("task", {})
     if request.get("target") or task:
         kind = task.get("kind", "classes")
-        ds = retarget(ds, request.get("target"), kind, loss=task.get("loss", "softmax"))
+        doubtful = {name: task.get(name, "unknown") for name in ("uncertain", "unmentioned")}
+        ds = retarget(ds, request.get("target"), kind, loss=task.get("loss", "softmax"), **doubtful)
     return rename_classes(ds, request.get("classes", {}))
 
 

@@ -18,7 +18,7 @@ from embcache.backbones.catalog import Backbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Augmentation, Transform, augmentation, choose_transform, frame
 from embcache.config import FinetuneConfig
 from embcache.data.budget import Decoding, check_max_pixels
-from embcache.data.classes import class_flags, target_flags
+from embcache.data.classes import class_flags, target_flags, task_of
 from embcache.data.dataset import ImageDataset, with_loss
 from embcache.errors import UsageError, check_number
 from embcache.extract.recipes import make_recipe
@@ -36,7 +36,6 @@ from embcache.probe.stack import TrainedHead
 from embcache.probe.summary import RunCell, request_notes
 from embcache.runs.folders import PROTOCOL_VERSION
 from embcache.store.schema import Recipe
-from embcache.targets import declared
 
 ARITHMETIC = 1  # raised when the arithmetic of finetuning changes, so that older runs are not taken for new ones
 
@@ -167,7 +166,7 @@ def plan_finetuning(networks: Networks, images: KnownImages, subset: str | int, 
         "schedule": networks.schedule.changed(), "subset": name, "folds": drawn.n_folds, "val": drawn.val_mode,
         "test": drawn.test_set, "seed": config.seed,
         **asymmetry(metric, dataset.class_names, config.positive),
-        **({"task": task} if (task := declared(dataset.task)) else {}),
+        **({"task": task} if (task := task_of(dataset)) else {}),
         **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embcache.config import ProbeConfig
 from embcache.cores import is_shortage
+from embcache.data.classes import task_of
 from embcache.data.dataset import ImageDataset, with_loss
 from embcache.data.groups import IntArray
 from embcache.errors import StoreError, UsageError
@@ -37,7 +38,6 @@ from embcache.probe.stack import ClosedFormHead, Head
 from embcache.probe.summary import RunCell, request_notes, training_notes, with_positive
 from embcache.runs.folders import PROTOCOL_VERSION, Result, find_run
 from embcache.store.feature_store import FeatureStore
-from embcache.targets import declared
 
 _SMALL = 5_000_000  # parameters of one subset's heads up to which several subsets train as one stack
 
@@ -165,7 +165,7 @@ def plan_probe(
     common = {
         "kind": "probe", "protocol": PROTOCOL_VERSION, "dataset": dataset.name, "head": described, "metric": metric.key,
         **asymmetry(metric, dataset.class_names, config.positive),
-        **({"task": task} if (task := declared(dataset.task)) else {}),
+        **({"task": task} if (task := task_of(dataset)) else {}),
         **({"target": dataset.target} if dataset.target else {}),
         **({"classes": dict(dataset.renamed)} if dataset.renamed else {}),
         **config.result_options(),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from embcache.config import DatasetRef
+from embcache.data.classes import as_in_run, task_flags, task_of
 from embcache.data.dataset import find_dataset, load_dataset
 from embcache.data.datasets.chexpert import OBSERVATIONS
 from embcache.data.published import find_layout
@@ -72,6 +73,22 @@ def test_the_user_says_what_uncertain_and_empty_ones_are(
     # Some of the findings are read as all of them were: an unknown one is not an uncertain one.
     some = load_dataset("chexpert", tmp_path, target="Edema,Atelectasis", uncertain=uncertain, unmentioned=unmentioned)
     assert some.labels.tolist() == ds.table[["Edema", "Atelectasis"]].to_numpy().tolist()
+
+
+def test_a_run_says_how_its_findings_were_read(tmp_path: Path) -> None:
+    for k in range(4):
+        write_image(tmp_path / f"{k}.png", k)
+    (tmp_path / "labels.csv").write_text("path,edema,mass\n0.png,1,0\n1.png,0,1\n2.png,-1,1\n3.png,,0\n")
+    plain = load_dataset("folder", tmp_path / "labels.csv", target="edema,mass")
+    assert task_of(plain) == {"kind": "findings", "loss": "bce"}
+    ds = load_dataset("folder", tmp_path / "labels.csv", target="edema,mass", uncertain="one", unmentioned="zero")
+    assert ds.labels.tolist() == [[1, 0], [0, 1], [1, 1], [0, 0]]
+    request = {"target": ds.target, "task": task_of(ds)}
+    assert task_flags(request)[-4:] == ["--uncertain", "one", "--unmentioned", "zero"]
+    again = as_in_run(plain.whole or plain, request)
+    assert (again.labels.tolist(), again.read_options()) == (ds.labels.tolist(), ds.read_options())
+    chexpert = load_dataset("chexpert", write_layout(tmp_path / "data"), uncertain="one", target="Edema,Fracture")
+    assert task_of(chexpert)["uncertain"] == "one"
 
 
 def test_small_subsets_have_images_with_and_without_each_finding(tmp_path: Path) -> None:
