@@ -400,6 +400,9 @@ class MapConfig(Config):
     method: str = option("tsne", "Method; umap needs the extra `umap`.", choices=("tsne", "umap", "pca"))
     rows: str = option("test", "Labeled images to map.", choices=("test", "train", "all"))
     limit: int | None = option(None, "Draw at most N of the images. [default: all]", least=4)
+    positive: str | None = option(
+        None, "Color by this finding. [default: the most frequent findings, each with a color]", metavar="NAME"
+    )
     perplexity: float = option(30.0, "Perplexity of t-SNE.", metavar="P", least=1, most=1000)
     seed: int = option(0, "Seed of the maps.", least=0, most=2**32 - 1)
     recipe: str | None = _recipe()

@@ -249,8 +249,9 @@ def rank(
     """Score every cached backbone in seconds, without training, to see which ones are worth probing.
 
     Rows are ordered by the mean rank of LogME, nearest centroid and k-NN; the H-score is shown too. Only training
-    images are used. Saved linear probes and their rank correlation are shown for comparison. By default, all datasets
-    with cached features are ranked.
+    images are used. Saved linear probes of the same target and their rank correlation are shown for comparison. By
+    default, all datasets with cached features are ranked. H-score and nearest centroid are of classes; a number and
+    findings (--target) are ranked by LogME and k-NN.
 
     Example: embcache rank --dataset pneumonia
     """
@@ -272,7 +273,7 @@ def rank(
 
 
 def _print_ranking(ranking: Ranking, home: Path | None) -> None:
-    from embcache.figures.rank import SCORES
+    from embcache.figures.rank import ORDER, SCORES
     from embcache.probe.metrics import metric_title
 
     metric = metric_title(ranking.metric)
@@ -289,11 +290,12 @@ def _print_ranking(ranking: Ranking, home: Path | None) -> None:
         f"{ranking.labels_used:,} labels used in total"
     )
     print_table([*headers, *(f"linear {s} ({ranking.probe_labels[s]:,} labels)" for s in subsets)], rows)
-    ordering = "LogME" if math.isnan(ranking.rows[0].knn) else "LogME, nearest centroid and k-NN"
+    ordering = ", ".join(SCORES[key] for key in ORDER if not math.isnan(vars(ranking.rows[0])[key]))
+    no_part = "; the H-score takes no part, because it is high for permuted labels too"
     notes = [
         *ranking.notes,
         "labels: training + validation per fold",
-        f"mean rank: by {ordering}; the H-score takes no part, because it is high for permuted labels too",
+        f"mean rank: by {ordering}" + no_part * (not math.isnan(ranking.rows[0].h_score)),
         "scores use training and validation images only; linear: test score of the saved probe, for comparison",
     ]
     if ranking.correlations:
@@ -301,7 +303,7 @@ def _print_ranking(ranking: Ranking, home: Path | None) -> None:
         cells = {(c.score, c.subset): f"{c.kendall:.2f} / {c.spearman:.2f} ({c.n})" for c in ranking.correlations}
         chosen = [subset for subset in subsets if ("place", subset) in cells]
         labels = {**SCORES, "place": "mean rank"}
-        table = [[label, *(cells[key, subset] for subset in chosen)] for key, label in labels.items()]
+        table = [[labels[k], *(cells.get((k, s), "") for s in chosen)] for k in dict.fromkeys(k for k, _ in cells)]
         print_table(["score", *(f"linear {subset}" for subset in chosen)], table)
     else:
         words = command_line("probe", "--head", "linear", "--subset", "S,M,F", "--dataset", ranking.dataset, home=home)

@@ -29,7 +29,7 @@ from embcache.paths import home_dir, slug
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
     from embcache.figures.attention import RunAttention
-    from embcache.figures.audit import Audit
+    from embcache.figures.audit import Audit, LabelError
     from embcache.figures.maps import Maps
     from embcache.results.layout import Table
 
@@ -240,7 +240,8 @@ def tsne(
 
     Images are not needed. Below each map: silhouette of the classes and balanced accuracy of the ten nearest neighbors,
     both in the embedding itself and among images of other groups (patients), and how well the map preserves neighbors
-    (trustworthiness).
+    (trustworthiness). A number (--target age) is colored on a scale; of findings, the most frequent have colors, or
+    --positive colors by one. Silhouette and balanced accuracy are of classes, and of one finding, alone.
 
     Example: embcache tsne --dataset pneumonia --backbone random,effnet_lite0 --run dvme-S --output maps.pdf
     """
@@ -415,15 +416,21 @@ def neighbors(
     paths = [draw_neighbors(ds, found, target) for target in targets or [default]]
 
     def show() -> None:
-        names = [*ds.class_names, "no label"]  # label −1 is the last
         for each in found:
             query = each.image
-            echo(f"{each.backbone}: nearest to {query.id} ({names[query.label]}, {query.split})")
+            echo(f"{each.backbone}: nearest to {query.id} ({query.words or 'no label'}, {query.split})")
             rows = [
-                [k, n.id, names[n.label], n.split, f"{n.similarity:.4f}", "same group" * (n.group == query.group)]
+                [
+                    k,
+                    n.id,
+                    n.words or "no label",
+                    n.split,
+                    f"{n.similarity:.4f}",
+                    "same group" * (n.group == query.group),
+                ]
                 for k, n in enumerate(each.nearest, start=1)
             ]
-            print_table(["", "id", "class", "split", "similarity", ""], rows)
+            print_table(["", "id", ds.task.noun, "split", "similarity", ""], rows)
             echo()
         echo_figures(paths, "" if ds.root else "   (without pictures: the images are missing)")
 
@@ -444,7 +451,8 @@ def audit(
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 
     Audit needs cached features only, not the images. A label is a likely error where models that did not see the image
-    confidently disagree with it. Review the images before you trust either the label or the model.
+    confidently disagree with it; each finding is judged by itself. Of a number (--target age), images are listed whose
+    value is far from what such models predict. Review the images before you trust either the label or the model.
 
     Example: embcache audit --dataset pneumonia --backbone effnet_lite0 --output exclude.csv
     """
@@ -465,14 +473,14 @@ def audit(
         write_output(output, csv_text(["id", "reason"], found.exclude))
 
     def print_all() -> None:
-        _print_audit(found, ds.class_names, show)
+        _print_audit(found, ds, show)
         if output is not None:
             echo(f"wrote {output}: {len(found.exclude):,} training images to leave out")
 
     return Answer(found.to_json, print_all)
 
 
-def _print_audit(found: Audit, classes: Sequence[str], show: int) -> None:
+def _print_audit(found: Audit, ds: ImageDataset, show: int) -> None:
     def table(headers: list[str], rows: list[list[str]]) -> None:
         if rows and show:
             print_table(headers, rows[:show])
@@ -489,34 +497,47 @@ def _print_audit(found: Audit, classes: Sequence[str], show: int) -> None:
     echo(f"\nnear-duplicates: {len(found.pairs):,} pairs ({counts}), {differing:,} of them with different labels")
     rows = [[p.one, p.other, f"{p.similarity:.4f}", p.kind, "" if p.same_label else "other label"] for p in found.pairs]
     table(["image", "image", "similarity", "", ""], rows)
-    judge, errors = found.judge, found.label_errors
+    judge, errors, number = found.judge, found.label_errors, ds.kind == "number"
+    looked = f"numbers far from what is predicted of {ds.class_names[0]}" if number else "likely label errors"
     if judge is None:
-        echo("\nlikely label errors: not looked for, since fewer than two classes can be judged")
+        echo(
+            f"\n{looked}: not looked for" + ("" if number else f", since fewer than two {ds.task.nouns} can be judged")
+        )
     else:
         echo(
-            f"\nlikely label errors: {judge.found:,} of {judge.labels:,} training labels, "
+            f"\n{looked}: {judge.found:,} of {judge.labels:,} training labels, "
             f"{judge.test_found:,} of {judge.test_labels:,} test labels"
         )
         if judge.too_weak:
+            how = f"balanced accuracy on images that it did not see is {judge.balanced_accuracy or 0.0:.2f}"
+            how = f"R² on images that it did not see is {judge.r2:.2f}" if number else how
             echo(
-                "· this model is too weak to judge labels: its balanced accuracy on images that it did not see is "
-                f"{judge.balanced_accuracy:.2f},\n  and it doubts {judge.share:.0%} of the labels of a class on "
-                "average. Nothing is left out because of its doubts"
+                f"· this model is too weak to judge labels: its {how},\n  and it doubts {judge.share:.0%} of the labels"
+                f"{'' if number else ' of a class on average'}. Nothing is left out because of its doubts"
             )
+        classes = ds.class_names
+
+        def words(e: LabelError, c: int) -> str:
+            return f"no {e.finding}" if e.finding and not c else e.finding or classes[c]
+
         lines = [
-            [e.id, e.split, classes[e.label], f"{e.p_label:.3f}", classes[e.proposed], f"{e.p_proposed:.3f}"]
+            [e.id, e.split, words(e, e.label), f"{e.p_label:.3f}", words(e, e.proposed), f"{e.p_proposed:.3f}"]
             for e in errors
         ]
         table(["image", "split", "label", "p", "proposed", "p"], lines)
-        if len(errors) < judge.found + judge.test_found:
+        lines = [
+            [r.id, r.split, f"{r.value:.6g}", f"{r.predicted:.6g}", f"{r.deviations:+.1f}"] for r in found.residuals
+        ]
+        table(["image", "split", "value", "predicted", "deviations"], lines)
+        if len(errors) + len(found.residuals) < judge.found + judge.test_found:
             echo("· only the most confident are listed: --most N lists more")
     echo(f"\noutliers: {len(found.outliers):,}")
     table(["image", "split", "deviations"], [[o.id, o.split, f"{o.deviations:.1f}"] for o in found.outliers])
-    _print_effect(found)
+    _print_effect(found, "ridge" if number else "logistic")
     echo_notes(found.notes)
 
 
-def _print_effect(found: Audit) -> None:
+def _print_effect(found: Audit, regression: str) -> None:
     if not found.exclude:
         echo("\nnothing to leave out")
         return
@@ -525,7 +546,7 @@ def _print_effect(found: Audit) -> None:
     if e is None:
         echo(f"effect: cannot be measured: {found.no_effect}")
     else:
-        echo(f"effect on the {e.metric} of all test images (logistic regression on F, mean ± sd over folds)")
+        echo(f"effect on the {e.metric} of all test images ({regression} regression on F, mean ± sd over folds)")
         rows = [["all training images", spread(*e.before)], ["without those to leave out", spread(*e.after)]]
         print_table(["trained on", e.metric], rows)
     echo("· test images are never left out: removing those that a model gets wrong only makes it look better")

@@ -175,7 +175,9 @@ def _check_folder(output: Path) -> None:
 def errors(
     *,
     run: RunArgument,
-    most: Annotated[int | None, "N", "List only the N most confident mistakes. [default: all; sheet: 24]"] = None,
+    most: Annotated[
+        int | None, "N", "List only the N most confident mistakes, or largest errors. [default: all; sheet: 24]"
+    ] = None,
     output: Annotated[
         list[str],
         "FILE[,FILE…]",
@@ -188,15 +190,16 @@ def errors(
 ) -> Answer:
     """List the test images that a run gets wrong, the most confident mistakes first, and show them.
 
-    Predictions are those of the ensemble, the mean of the probabilities of the run's models. The contact sheet needs
-    the images; where they are missing, only the list is written.
+    Predictions are those of the ensemble, the mean of the probabilities of the run's models. Of findings, each wrong
+    finding of an image is a line; of a number all images are listed, the largest absolute error first. The contact
+    sheet needs the images; where they are missing, only the list is written.
 
     Example: embcache errors linear-S-0123 --most 50
     """
     from embcache.data.dataset import find_dataset
     from embcache.figures.neighbors import draw_mistakes
     from embcache.results.compare import load_tested
-    from embcache.results.decisions import find_mistakes, mistakes_csv
+    from embcache.results.mistakes import Mistake, find_mistakes, mistakes_csv
     from embcache.runs.folders import find_run_anywhere
 
     if most is not None:
@@ -208,7 +211,8 @@ def errors(
     tested = load_tested(result, folder)
     default = default_figure(result.dataset, home, f"errors-{result.id}")
     targets = targets or [default.with_name(f"{default.name}{suffix}") for suffix in (".csv", ".png")]
-    mistakes = find_mistakes(tested)
+    mistakes, number = find_mistakes(tested), result.task.kind == "number"
+    words = ("errors", "the largest") if number else ("mistakes", "the most confident")
     listed = mistakes[:most]
     files, notes = [], []
     for target in targets:
@@ -216,7 +220,7 @@ def errors(
             files.append(write_output(target, mistakes_csv(listed, groups=groups), parents=True))
             continue
         shown = listed[: most or _SHEET]
-        title = f"{result.id}: {len(shown):,} of {len(mistakes):,} mistakes, the most confident first"
+        title = f"{result.id}: {len(shown):,} of {len(mistakes):,} {words[0]}, {words[1]} first"
         found, reason = 0, "the images are missing" if shown else "there is no mistake to show"
         try:
             dataset, _ = find_dataset(
@@ -231,15 +235,21 @@ def errors(
         notes += [] if found else [f"no contact sheet: {reason}"]
 
     def show() -> None:
-        models = "" if not listed or listed[0].models == 1 else f" (mean of {listed[0].models} models' probabilities)"
-        echo(f"{result.dataset}: {result.id} gets {len(mistakes):,} of {len(tested.ids):,} test images wrong{models}")
-        if mistakes:
-            pairs = Counter((m.label, m.predicted) for m in mistakes)
+        k = listed[0].models if listed else 1
+        mean = f" (mean of {k} models' {'numbers' if number else 'probabilities'})" * (k > 1)
+        images = {m.id for m in mistakes}
+        wrong = f"gets {len(mistakes):,} of {len(tested.ids):,} test images wrong"
+        if result.task.kind == "findings":
+            wrong = f"gets {len(mistakes):,} findings wrong in {len(images):,} of {len(tested.ids):,} test images"
+        echo(f"{result.dataset}: {result.id} " + (f"on {len(images):,} test images" if number else wrong) + mean)
+        pairs = Counter((m.label, m.predicted) for m in mistakes if isinstance(m, Mistake))
+        if pairs:
             rarer = [f"{len(pairs) - 10:,} rarer pairs are not shown"] if len(pairs) > 10 else []
-            columns = {"class": "{0[0][0]}", "predicted as": "{0[0][1]}", "images": "{0[1]:,}"}
+            columns = {f"{result.task.noun}": "{0[0][0]}", "predicted as": "{0[0][1]}", "images": "{0[1]:,}"}
             print_objects(pairs.most_common(10), columns, notes=rarer)
-            echo("\nmost confident mistakes")
-            print_objects(listed[:10], _MISTAKE)
+        if mistakes:
+            echo(f"\n{words[1]} {words[0]}")
+            print_objects(listed[:10], _MISS if number else _MISTAKE)
         echo_notes(notes)
         for path in files:
             echo(f"{'list' if path.suffix.lower() == '.csv' else 'figure'}: {path}")
@@ -249,6 +259,13 @@ def errors(
     return Answer(answer | {"errors": rows, "files": [str(path) for path in files], "notes": notes}, show)
 
 
+_MISS = {
+    "id": "{0.id}",
+    "value": "{0.value:.6g}",
+    "predicted": "{0.predicted:.6g}",
+    "error": "{0.error:+.4g}",
+    "sd of the models": lambda miss: "–" if miss.models_sd is None else f"{miss.models_sd:.4g}",
+}
 _MISTAKE = {
     "id": "{0.id}",
     "class": "{0.label}",
@@ -263,31 +280,40 @@ _MISTAKE = {
 def plot(
     *,
     run: RunArgument,
-    kind: Annotated[str, "roc|pr|confusion|calibration", "Kind of figure."] = "roc",
+    kind: Annotated[
+        str | None,
+        "roc|pr|confusion|calibration|scatter|residual",
+        "Kind of figure; the last two are of a number, the others of classes and findings. [default: roc, or scatter]",
+    ] = None,
     positive: Annotated[
         str | None,
-        "CLASS",
-        "Set this class against the rest. [default: the run's positive class of two; of more classes each]",
+        "NAME",
+        "Set this class against the rest, or draw this finding alone. "
+        "[default: the run's positive class of two; of more classes, and of findings, each]",
     ] = None,
     output: Figures,
     home: Path | None,
 ) -> Answer:
-    """Draw one run's test predictions: ROC or precision–recall curves, the confusion matrix, or calibration.
+    """Draw one run's test predictions: ROC or precision–recall curves, confusion, calibration; of a number scatter.
 
     Curves are the mean over the run's models with a band of ± sd, and those of the ensemble, the mean of the models'
-    probabilities, which is what `embcache predict` uses.
+    probabilities, which is what `embcache predict` uses. Each finding has a curve on the images of which it is known,
+    and confusion is its counts above and below P = 0.5. Of a number, scatter has predicted over true values, residual
+    the errors over the predictions, with their mean and the 95 % limits of agreement (mean ± 1.96 sd).
 
     Example: embcache plot linear-S-0123 --kind pr --output curve.pdf
     """
-    from embcache.figures.run_plots import KINDS, draw_run
+    from embcache.figures.run_plots import KINDS, default_kind, draw_run
     from embcache.results.compare import load_tested
     from embcache.runs.folders import find_run_anywhere
 
-    check_choice("--kind", kind, KINDS)
+    if kind is not None:
+        check_choice("--kind", kind, KINDS)
     targets = figure_targets(output)
     for target in targets:
         check_target(target)
     result, folder = find_run_anywhere(run, home)
+    kind = kind or default_kind(result)
     default = default_figure(result.dataset, home, f"{kind}-{result.id}.png")
     drawn = draw_run(load_tested(result, folder), kind, targets or [default], positive=positive)
 

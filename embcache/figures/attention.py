@@ -139,7 +139,7 @@ class RunAttention:
     weights: NDArray[np.float32]  # (N, N); row *i*: how much token *i* takes from each token; rows sum to 1
     mass: NDArray[np.float64]
     mass_std: NDArray[np.float64]
-    by_class: Mapping[str, NDArray[np.float64]]  # (B, B); of the test images of each class alone
+    by_class: Mapping[str, NDArray[np.float64]]  # (B, B); of the test images of each class, or with each finding
     entropy: float
     entropy_std: float
     received: tuple[tuple[str, int, float], ...]
@@ -172,14 +172,21 @@ def run_attention(
     weights: NDArray[np.float64] = np.zeros(())
     for params in heads:  # one map at a time, however many folds there are
         weights = weights + mean_attention(params, x).astype(np.float64) / len(heads)
-    present, counts = np.unique(shown.labels, return_counts=True)
-    masses = []
-    for label in present:
-        rows = torch.from_numpy(np.flatnonzero(shown.labels == label))
-        part = {name: features[rows] for name, features in x.items()}
-        masses.append([mean_mass(params, part) for params in heads])
-    each = np.array(masses)  # (classes, folds, B, B)
-    mass = np.einsum("c,cfij->fij", counts / counts.sum(), each)  # of all images, each counted once
+
+    def masses(rows: NDArray[Any]) -> NDArray[np.float64]:
+        part = {name: features[torch.from_numpy(rows)] for name, features in x.items()}
+        return np.array([mean_mass(params, part) for params in heads])  # (folds, B, B)
+
+    task, y = ds.task, shown.labels
+    if task.kind == "number":
+        parts = {}
+    else:
+        sides = (y == 1).T if y.ndim == 2 else y == np.arange(len(task.names))[:, None]
+        parts = {name: masses(np.flatnonzero(of)) for name, of in zip(task.names, sides, strict=True) if of.any()}
+    if parts and y.ndim == 1:  # of all images, each counted once
+        mass = np.einsum("c,cfij->fij", np.unique(y, return_counts=True)[1] / len(y), np.array([*parts.values()]))
+    else:
+        mass = masses(np.arange(len(y)))
     entropies = np.array([mean_entropy(params, x) for params in heads])
     several = len(heads) > 1
     shares = weights.mean(0)  # a token's share of what all tokens give; sums to 1
@@ -190,7 +197,7 @@ def run_attention(
         weights=weights.astype(np.float32),
         mass=mass.mean(0),
         mass_std=mass.std(0, ddof=1) if several else np.full_like(mass[0], np.nan),
-        by_class={ds.class_names[label]: own.mean(0) for label, own in zip(present.tolist(), each, strict=True)},
+        by_class={name: own.mean(0) for name, own in parts.items()},
         entropy=float(entropies.mean()),
         entropy_std=float(entropies.std(ddof=1)) if several else math.nan,
         received=tuple((result.backbones[i // width], i % width, float(shares[i])) for i in order),

@@ -1,5 +1,7 @@
 """Audit of a dataset by cached features: near-duplicates, likely label errors, outliers, and the effect without them.
 
+Of findings, each is judged as two classes; of a number, images whose value is far from what others predict are listed.
+
 Nothing here that decides about a training image looks at the label of a test image: features are standardized, models
 fitted and thresholds set on training images alone. Test images are judged by what was learned from training images.
 """
@@ -7,7 +9,7 @@ fitted and thresholds set on training images alone. Test images are judged by wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.groups import IntArray, stratified_group_folds
 from embcache.errors import ProtocolError, first_few
 from embcache.paths import PathLike
+from embcache.probe.heads.ridge import Ridge
 from embcache.probe.heads.solved import LogReg
 from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.layers import standard_directions
 from embcache.probe.metrics import log_probabilities, score, softmax
 from embcache.probe.predictions import fit_temperature
 from embcache.probe.protocol import divide
+from embcache.probe.stack import ClosedFormHead
+from embcache.targets import Target, make_target
 
 CREDIBLE = 0.10
 """Share of doubted labels (mean over classes) above which the model counts as too weak, not the labels as wrong.
@@ -34,7 +39,10 @@ The worst of the ten benchmarks whose labels Northcutt, Athalye and Mueller (202
 
 NEIGHBORS = 10
 FAR = 5.0
-"""Robust deviations below the usual closeness of neighbors from which an image counts as an outlier."""
+"""Robust deviations from which an image is an outlier: of its closeness to neighbors, or of the error of its number."""
+
+SAME = 0.1
+"""Numbers are the same label where they differ by at most so many standard deviations of the training images."""
 
 _BLOCK = 512  # rows compared with all others at a time
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -63,6 +71,18 @@ class LabelError:
     p_label: float
     p_proposed: float
     split: str
+    finding: str = ""  # that is judged; its classes are 0, absent, and 1, present
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A number far from what models that did not see the image predict. ``deviations``: of the error, robust."""
+
+    id: str
+    value: float
+    predicted: float
+    deviations: float
+    split: str
 
 
 @dataclass(frozen=True)
@@ -73,9 +93,11 @@ class Judge:
     test_labels: int
     found: int
     test_found: int
-    share: float  # of the training labels of a class, how many are doubted: mean over classes
-    balanced_accuracy: float  # of the most probable class against the training labels, out of fold
-    too_weak: bool  # ``share`` is above `CREDIBLE`, or most labels of a class are doubted
+    share: float  # of the training labels of a class, how many are doubted: mean over classes (and findings)
+    balanced_accuracy: float | None  # of the most probable class against the training labels, out of fold
+    too_weak: bool  # ``share`` is above `CREDIBLE`, or most labels of a class are doubted; of findings, of all
+    r2: float | None = None  # of a number, out of fold; the models are too weak where it is not above 0
+    weak: tuple[str, ...] = ()  # findings of which the models are too weak
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Effect:
-    """Test metric of a logistic regression on F, of all test images, trained with and without the excluded images."""
+    """Test metric of a regression on F, of all test images, trained with and without the excluded images."""
 
     metric: str
     before: tuple[float, float]
@@ -107,6 +129,7 @@ class Audit:
     pairs: tuple[Pair, ...]  # most similar first
     judge: Judge | None  # none where fewer than two classes can be judged; a note says why
     label_errors: tuple[LabelError, ...]  # most confident first
+    residuals: tuple[Residual, ...]  # of a number, in the place of label errors; furthest first
     outliers: tuple[Outlier, ...]  # furthest first
     exclude: tuple[tuple[str, str], ...]  # training images to leave out, each with the reason
     effect: Effect | None  # none where nothing is excluded, or where it cannot be measured
@@ -123,17 +146,32 @@ class _Images:
     """Images that are audited: the first ``n`` train, the others test."""
 
     ids: NDArray[np.object_]
-    labels: IntArray
+    labels: NDArray[Any]  # values of the target
     groups: NDArray[np.object_]
     split: NDArray[np.object_]
     x: torch.Tensor  # float32 (N, D), raw
     n: int
     class_names: tuple[str, ...]
+    target: Target | None = None  # by default classes
+
+    @property
+    def task(self) -> Target:
+        """What the labels are values of."""
+        return self.target or make_target("classes", self.class_names)
 
     def folds(self, folds: int, seed: int) -> list[IntArray]:
-        """Training images of each fold, classes spread evenly and no group divided; any class may be rare."""
-        fold_of = stratified_group_folds(self.labels[: self.n], self.groups[: self.n].tolist(), folds, seed)
+        """Training images of each fold, strata spread evenly and no group divided; any class may be rare."""
+        strata = self.task.strata(self.labels[: self.n], np.arange(self.n))
+        fold_of = stratified_group_folds(strata, self.groups[: self.n].tolist(), folds, seed)
         return [np.flatnonzero(fold_of == k) for k in range(folds)]
+
+    def finding(self, c: int) -> _Images:
+        """The images of which a finding is known, as two classes."""
+        rows, name = np.flatnonzero(self.labels[:, c] >= 0), self.class_names[c]
+        return _Images(
+            self.ids[rows], self.labels[rows, c], self.groups[rows], self.split[rows], self.x[rows],
+            int((rows < self.n).sum()), (f"no {name}", name),
+        )  # fmt: skip
 
     def of_classes(self, classes: Sequence[int]) -> _Images:
         """The images of some classes, these numbered anew."""
@@ -156,7 +194,9 @@ def audit_dataset(
     group). A class is confident of an image where its probability reaches the mean that training images of this label
     have; a label is doubted where such a class is another one (of several, the most probable class counts) and the
     label is not itself the most probable class, as ``cleanlab.filter.find_label_issues`` has it with
-    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models.
+    ``filter_by="confident_learning"``. Test labels are judged by the mean of the same models. Each finding is judged so
+    as two classes. Of a number, ridge regressions over the same folds predict each training image; one whose error is
+    `FAR` robust deviations (1.4826 × the median absolute deviation of these errors) from their median is listed.
 
     Parameters
     ----------
@@ -184,13 +224,13 @@ def audit_dataset(
     config = AuditConfig.make(config, options)
     store = open_stores(ds, [[backbone]], home, config.recipe)[backbone]
     sides = divide(ds, seed=config.seed, digests=store.digests, unreadable=store.quarantined)
-    train, test = np.union1d(sides.pool, sides.own_val), sides.test[sides.labels[sides.test] >= 0]
+    train, test = np.union1d(sides.pool, sides.own_val), sides.test[ds.task.known(sides.labels[sides.test])]
     rows = np.concatenate([train, test])
     split = ds.table["split"].to_numpy(dtype=object)[rows]
     split[len(train) :] = "test"  # of a local test set too
     images = _Images(
         sides.ids[rows], sides.labels[rows], sides.groups[rows], split,
-        load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names),
+        load_features(store, ds, sides.ids[rows]), len(train), tuple(ds.class_names), ds.task,
     )  # fmt: skip
     if images.n < 2:
         raise ProtocolError(
@@ -203,20 +243,30 @@ def audit_dataset(
             found=first_few([repr(id_) for id_ in bad]), fix="remove the store and extract again, in fp32: embcache ls",
         )  # fmt: skip
     pairs, closeness = _compare(images, config.similarity)
-    judge, errors, notes = _judge(images, config)
+    errors: tuple[LabelError, ...] = ()
+    residuals: tuple[Residual, ...] = ()
+    if ds.kind == "number":
+        judge, residuals, notes = _judge_number(images, config)
+    elif ds.kind == "findings":
+        judge, errors, notes = _judge_findings(images, config)
+    else:
+        judge, errors, notes = _judge(images, config)
     usual = closeness[: images.n]
     # A standard deviation, were they normal.
     spread = 1.4826 * np.median(np.abs(usual - np.median(usual)))
     deviations = (np.median(usual) - closeness) / max(float(spread), 1e-12)
     far = [i for i in np.argsort(-deviations, kind="stable") if deviations[i] > FAR]
     outliers = tuple(Outlier(str(images.ids[i]), float(deviations[i]), str(images.split[i])) for i in far)
-    exclude = _exclude(images, pairs, () if judge is None or judge.too_weak else errors, outliers)
+    if judge is None or judge.too_weak:
+        exclude = _exclude(images, pairs, (), (), outliers)
+    else:
+        exclude = _exclude(images, pairs, [e for e in errors if e.finding not in judge.weak], residuals, outliers)
     effect, reason = None, ""
     if exclude:
         effect, reason = _effect(images, {id_ for id_, _ in exclude}, ds.metric, config)
     own = [note.removesuffix("; --exclude-test-overlap leaves them out") for note in sides.notes]  # a flag of others
     return Audit(
-        ds.name, backbone, len(train), len(test), pairs, judge, errors, outliers, exclude, effect, reason,
+        ds.name, backbone, len(train), len(test), pairs, judge, errors, residuals, outliers, exclude, effect, reason,
         (*own, *notes),
     )  # fmt: skip
 
@@ -225,6 +275,8 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
     """Near-duplicates among all images, and each image's mean similarity to its nearest other training images, (N,)."""
     z = standard_directions(images.x.numpy(), by=images.x[: images.n].numpy())
     total, n, k = len(z), images.n, min(NEIGHBORS, images.n - 1)
+    y = images.labels
+    apart = SAME * y[:n].std() if y.dtype.kind == "f" else 0
     closeness, pairs = np.empty(total), []
     for start in range(0, total, _BLOCK):
         similar = z[start : start + _BLOCK] @ z.T  # (block, N)
@@ -234,7 +286,9 @@ def _compare(images: _Images, threshold: float) -> tuple[tuple[Pair, ...], Float
         for row, other in np.argwhere(similar >= threshold).tolist():
             one = start + row
             if one < other:
-                same_group, same_label = (bool(a[one] == a[other]) for a in (images.groups, images.labels))
+                same_group = bool(images.groups[one] == images.groups[other])
+                same = (np.abs(y[one] - y[other]) <= apart) | ((y[one] < 0) | (y[other] < 0) if y.ndim == 2 else False)
+                same_label = bool(np.all(same))
                 kind = "across splits" if one < n <= other else "within a group" if same_group else "across groups"
                 cosine = min(float(similar[row, other]), 1.0)
                 pairs.append(Pair(str(images.ids[one]), str(images.ids[other]), cosine, kind, same_label))
@@ -278,6 +332,72 @@ def _judge(images: _Images, config: AuditConfig) -> tuple[Judge | None, tuple[La
     return judge, tuple(errors), notes
 
 
+def _judge_findings(
+    images: _Images, config: AuditConfig
+) -> tuple[Judge | None, tuple[LabelError, ...], tuple[str, ...]]:
+    """Likely label errors of every finding, each judged as two classes, and how good the models are on average."""
+    judges: dict[str, Judge] = {}
+    errors, skipped = list[LabelError](), list[str]()
+    for c, name in enumerate(images.class_names):
+        judge, own, _ = _judge(images.finding(c), config)
+        if judge is None:
+            skipped.append(name)
+        else:
+            judges[name] = judge
+            errors += [replace(error, finding=name) for error in own]
+    needed = f"{config.folds} groups with and {config.folds} without it are needed in training"
+    notes = [f"labels are not judged of {', '.join(skipped)}: {needed}"] if skipped else []
+    if not judges:
+        return None, (), tuple(notes)
+    weak = tuple(name for name, judge in judges.items() if judge.too_weak)
+    if weak and len(weak) < len(judges):
+        notes.append(f"nothing is left out because of {', '.join(weak)}: the models are too weak to judge these")
+    each = list(judges.values())
+    judge = Judge(
+        labels=sum(j.labels for j in each), test_labels=sum(j.test_labels for j in each),
+        found=sum(j.found for j in each), test_found=sum(j.test_found for j in each),
+        share=float(np.mean([j.share for j in each])),
+        balanced_accuracy=float(np.mean([j.balanced_accuracy or 0.0 for j in each])),
+        too_weak=len(weak) == len(each), weak=weak,
+    )  # fmt: skip
+    errors.sort(key=lambda e: e.p_label - e.p_proposed)
+    train, test = ([e for e in errors if (e.split == "test") == of][: config.most] for of in (False, True))
+    listed = sorted([*train, *test], key=lambda e: e.p_label - e.p_proposed)
+    return judge, tuple(listed), tuple(notes)
+
+
+def _judge_number(images: _Images, config: AuditConfig) -> tuple[Judge | None, tuple[Residual, ...], tuple[str, ...]]:
+    """Numbers far from what ridge regressions that did not see the image predict, and how good these are."""
+    y, n = images.labels, images.n
+    groups = len(set(images.groups[:n].tolist()))
+    if groups < config.folds:
+        return None, (), (f"numbers are not judged: {config.folds} groups are needed in training, there are {groups}",)
+    parts, predicted = images.folds(config.folds, config.seed), np.zeros(len(y))
+    for held, val in zip(parts, [*parts[1:], parts[0]], strict=True):
+        train, others = np.setdiff1d(np.arange(n), np.concatenate([held, val])), np.append(held, np.arange(n, len(y)))
+        found = _logits(images, train, others, Ridge(), val, "rmse")[:, 0]
+        predicted[held] = found[: len(held)]
+        predicted[n:] += found[len(held) :] / config.folds
+    errors, spread = predicted - y, float(((y[:n] - y[:n].mean()) ** 2).sum())
+    r2 = 1 - float((errors[:n] ** 2).sum()) / spread if spread > 0 else 0.0
+    middle = float(np.median(errors[:n]))
+    deviations = (errors - middle) / max(1.4826 * float(np.median(np.abs(errors[:n] - middle))), 1e-12)
+    far = np.abs(deviations) > FAR
+    order = np.argsort(-np.abs(deviations), kind="stable")
+    rows = np.arange(len(y))
+    listed = {i for side in (rows < n, rows >= n) for i in order[(far & side)[order]][: config.most].tolist()}
+    residuals = [
+        Residual(str(images.ids[i]), float(y[i]), float(predicted[i]), float(deviations[i]), str(images.split[i]))
+        for i in order.tolist() if i in listed
+    ]  # fmt: skip
+    share = float(far[:n].mean())
+    judge = Judge(
+        labels=n, test_labels=len(y) - n, found=int(far[:n].sum()), test_found=int(far[n:].sum()), share=share,
+        balanced_accuracy=None, too_weak=r2 <= 0 or share > CREDIBLE, r2=r2,
+    )  # fmt: skip
+    return judge, tuple(residuals), ()
+
+
 def doubted_labels(labels: IntArray, p: Float, n: int) -> NDArray[np.bool_]:
     """Labels that confident learning doubts; see `audit_dataset`.
 
@@ -316,29 +436,39 @@ def _calibrated(images: _Images, folds: int, seed: int) -> Float:
 
 
 def _logits(
-    images: _Images, train: IntArray, others: IntArray, head: LogReg, val: IntArray | None = None, metric: str = ""
-) -> Float:
+    images: _Images, train: IntArray, others: IntArray, head: ClosedFormHead, val: IntArray | None = None,
+    metric: str = "",
+) -> Float:  # fmt: skip
     """Logits (len(others), C) of a head trained on some rows, its strength chosen on ``val``."""
     x, y = images.x, torch.from_numpy(images.labels)
     x_val, y_val = (None, None) if val is None else ({"features": x[val]}, y[val])
-    solved = head.solve({"features": x[train]}, y[train], x_val, y_val, len(images.class_names), metric)
+    solved = head.solve({"features": x[train]}, y[train], x_val, y_val, images.task.outputs, metric)
     logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[others][None]})
     return np.asarray(logits[0].double().numpy())
 
 
 def _exclude(
-    images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], outliers: Sequence[Outlier]
-) -> tuple[tuple[str, str], ...]:
+    images: _Images, pairs: Sequence[Pair], errors: Sequence[LabelError], residuals: Sequence[Residual],
+    outliers: Sequence[Outlier],
+) -> tuple[tuple[str, str], ...]:  # fmt: skip
     """Training images to leave out, each with its first reason."""
-    # An image of a rare class is far from others only because there are few like it.
-    common = np.bincount(images.labels[: images.n], minlength=len(images.class_names)) > NEIGHBORS
-    usual = set(images.ids[: images.n][common[images.labels[: images.n]]].tolist())
-    names = images.class_names
+    here = images.labels[: images.n]
+    common = np.ones(images.n, dtype=bool)
+    if images.task.kind not in ("findings", "number"):
+        # An image of a rare class is far from others only because there are few like it.
+        common = (np.bincount(here, minlength=len(images.class_names)) > NEIGHBORS)[here]
+    usual, names = set(images.ids[: images.n][common].tolist()), images.class_names
+
+    def proposed(e: LabelError) -> str:
+        return f"no {e.finding}" if e.finding and not e.proposed else e.finding or names[e.proposed]
+
     found = [
         # Of a pair across splits the training image comes first.
         *((p.one, f"near-duplicate of the test image {p.other}") for p in pairs if p.kind == "across splits"),
-        *((e.id, f"likely label error ({names[e.proposed]}: p = {e.p_proposed:.3f})")
+        *((e.id, f"likely label error ({proposed(e)}: p = {e.p_proposed:.3f})")
           for e in errors if e.split != "test"),
+        *((r.id, f"{names[0]} {r.value:.6g}, predicted {r.predicted:.6g} ({abs(r.deviations):.1f} deviations)")
+          for r in residuals if r.split != "test"),
         *((o.id, f"outlier ({o.deviations:.1f} deviations)") for o in outliers if o.id in usual),
     ]  # fmt: skip
     first = dict(reversed(found))
@@ -347,18 +477,26 @@ def _exclude(
 
 def _effect(images: _Images, excluded: set[str], metric: str, config: AuditConfig) -> tuple[Effect | None, str]:
     """What leaving training images out does to the test metric, or why it cannot be measured."""
-    y, test = images.labels, np.arange(images.n, len(images.labels))
+    y, test, task = images.labels, np.arange(images.n, len(images.labels)), images.task
     out = np.isin(images.ids.astype(str), list(excluded))
     parts = [(np.setdiff1d(np.arange(images.n), val), val) for val in images.folds(config.folds, config.seed)]
-    if gone := sorted({int(c) for train, _ in parts for c in set(y[train]) - set(y[train[~out[train]]])}):
-        return None, f"{', '.join(images.class_names[c] for c in gone)} would be gone"
-    if len(np.unique(y[test])) < 2:
-        return None, "the labeled test images are not of two classes"
-    if any(len(np.unique(y[val[~out[val]]])) < 2 for _, val in parts):
-        return None, "a fold would have images of one class only to validate on"
+    gone = {c for train, _ in parts for c in set(task.absent(y[train[~out[train]]])) - set(task.absent(y[train]))}
+    if gone:
+        return None, f"{', '.join(images.class_names[c] for c in sorted(gone))} would be gone"
+
+    def scorable(values: NDArray[Any]) -> bool:
+        return len(task.absent(values)) < len(task.names) if values.ndim == 2 else len(np.unique(values)) > 1
+
+    words = {"number": ("all of one value", "of one value"), "findings": ("without a finding that can be scored",) * 2}
+    of_test, of_fold = words.get(task.kind, ("not of two classes", "of one class only"))
+    if not scorable(y[test]):
+        return None, f"the labeled test images are {of_test}"
+    if any(not scorable(y[val[~out[val]]]) for _, val in parts):
+        return None, f"a fold would have images {of_fold} to validate on"
+    head: ClosedFormHead = Ridge() if task.kind == "number" else LogReg(Cs=_STRENGTHS)
     scores = np.array([
         [
-            score(metric, y[test], _logits(images, rows, test, LogReg(Cs=_STRENGTHS), held, metric))
+            score(metric, y[test], _logits(images, rows, test, head, held, metric), of=task)
             for rows, held in ((train, val), (train[~out[train]], val[~out[val]]))
         ]
         for train, val in parts

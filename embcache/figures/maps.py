@@ -23,7 +23,16 @@ from embcache.cores import usable_cores
 from embcache.data.classes import class_flags, class_words
 from embcache.data.dataset import ImageDataset
 from embcache.errors import ProtocolError, StoreError, UsageError
-from embcache.figures.shown import Shown, backbones_or_cached, check_dataset, fused_features, own_protocol, shown_images
+from embcache.figures.shown import (
+    Colors,
+    Shown,
+    backbones_or_cached,
+    check_dataset,
+    colors_of,
+    fused_features,
+    own_protocol,
+    shown_images,
+)
 from embcache.io import keep_file
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.inputs import load_features, open_stores
@@ -141,11 +150,11 @@ def decimals(score: float | None, places: int) -> str:
 
 
 def score_map(
-    features: ArrayLike, coordinates: ArrayLike, labels: NDArray[np.int64], groups: Sequence[str]
+    features: ArrayLike, coordinates: ArrayLike, labels: NDArray[np.int64] | None, groups: Sequence[str]
 ) -> MapScores:
-    """Scores of an embedding (n, D) and of its map (n, 2), with the class and the group of each image shown."""
+    """Scores of an embedding (n, D) and of its map (n, 2), with the class, if any, and the group of each image."""
     X = standardized(features)
-    silhouette, accuracy = _scores_among_groups(X, labels, groups, NEIGHBORS)
+    silhouette, accuracy = (None, None) if labels is None else _scores_among_groups(X, labels, groups, NEIGHBORS)
     k = max(1, min(NEIGHBORS, (len(X) - 1) // 2))
     return MapScores(silhouette, accuracy, float(trustworthiness(X, np.asarray(coordinates), n_neighbors=k)))
 
@@ -222,13 +231,15 @@ class Maps:
     method: str
     class_names: tuple[str, ...]
     shown: Shown  # the images
+    colors: Colors  # what they are colored by
     panels: tuple[MapPanel, ...]
     paths: tuple[Path, ...]  # the figure, once in each format
 
     def table(self) -> pd.DataFrame:
-        """One row per image and embedding: ``embedding, id, label, class_name, x, y``."""
-        names = [self.class_names[label] for label in self.shown.labels]
-        images = {"id": self.shown.ids, "label": self.shown.labels, "class_name": names}
+        """One row per image and embedding: ``embedding, id, label, class_name, x, y``; of numbers no ``class_name``."""
+        values, number = self.colors.values, self.colors.values.dtype.kind == "f"
+        names = {} if number else {"class_name": [self.colors.names[value] for value in values]}
+        images = {"id": self.shown.ids, "label": values, **names}
         parts = [
             pd.DataFrame({"embedding": p.label, **images, "x": p.coordinates[:, 0], "y": p.coordinates[:, 1]})
             for p in self.panels
@@ -246,7 +257,8 @@ class Maps:
         ]  # fmt: skip
         return {
             "dataset": self.dataset, "method": self.method, "rows": self.shown.remark, "ids": self.shown.ids,
-            "labels": self.shown.labels.tolist(), "class_names": list(self.class_names), "panels": panels,
+            "labels": self.shown.labels.tolist(), "colors": self.colors.values.tolist(),
+            "color_names": list(self.colors.names), "class_names": list(self.class_names), "panels": panels,
             "figures": [str(path) for path in self.paths],
         }  # fmt: skip
 
@@ -272,6 +284,7 @@ def draw_maps(
     stores = open_stores(ds, [needed], home, config.recipe)
     protocol = own_protocol(found[0][0]) if found else {"seed": config.seed}
     shown = shown_images(ds, list(stores.values()), rows=config.rows, most=config.limit, **protocol)
+    colors = colors_of(ds.task, shown.labels, config.positive)
     features = {name: load_features(store, ds, shown.ids).numpy() for name, store in stores.items()}
     prints = {name: store.recipe.fingerprint for name, store in stores.items()}
     embeddings = [(name, "", features[name], {"recipe": prints[name]}) for name in names]
@@ -285,16 +298,16 @@ def draw_maps(
         coordinates = cached_map(
             folder / "coordinates", source, shown.ids, x, config.method, seed=config.seed, perplexity=config.perplexity
         )
-        s = score_map(x, coordinates, shown.labels, shown.groups)
+        s = score_map(x, coordinates, colors.values if colors.classes else None, shown.groups)
         panels.append(MapPanel(label, remark, x.shape[1], coordinates, s, source))
         silhouette, accuracy = decimals(s.silhouette, 2), decimals(s.knn_accuracy, 3)
-        caption = f"silhouette {silhouette} · k-NN {accuracy} · trust {s.trustworthiness:.3f}"
-        maps.append(Map(f"{label}\n{remark}".rstrip(), coordinates, shown.labels, caption))
+        caption = f"silhouette {silhouette} · k-NN {accuracy} · " * colors.classes + f"trust {s.trustworthiness:.3f}"
+        maps.append(Map(f"{label}\n{remark}".rstrip(), coordinates, colors.values, caption))
     paths = tuple(Path(target) for target in targets) or (folder / f"{config.method}.png",)
     title = f"{METHODS[config.method][0]}, {ds.name}{' (synthetic)' * ds.synthetic}: {shown.remark}"
     for target in paths:
-        plot_maps(maps, ds.class_names, f"{title}, n = {len(shown.ids):,}", target)
-    return Maps(ds.name, config.method, tuple(ds.class_names), shown, tuple(panels), paths)
+        plot_maps(maps, colors.names, f"{title}, n = {len(shown.ids):,}", target)
+    return Maps(ds.name, config.method, tuple(ds.class_names), shown, colors, tuple(panels), paths)
 
 
 def _check_run(result: Result, ds: ImageDataset, first: Result) -> None:

@@ -20,7 +20,7 @@ from embcache.figures.shown import backbones_or_cached
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
 from embcache.probe.layers import standard_directions
-from embcache.results.decisions import Mistake
+from embcache.results.mistakes import Miss, Mistake
 from embcache.store.feature_store import FeatureStore
 
 SIDE = 192  # pixels of a thumbnail
@@ -32,7 +32,8 @@ class Neighbor:
 
     id: str
     similarity: float  # cosine of the standardized features of the two, −1 … 1
-    label: int  # −1 where there is none
+    label: Any  # value of the target as JSON data: -1 of a class that is not known, None of a number
+    words: str  # the same for people; empty where it is not known
     split: str
     group: str
 
@@ -87,35 +88,31 @@ def _nearest(ds: ImageDataset, store: FeatureStore, id_: str, k: int) -> Neighbo
     order = np.argsort(-similarity, kind="stable")[: min(k, len(ids) - 1)]
     similarity[place] = 1.0
     rows = ds.table.set_index("id").loc[[ids[i] for i in (place, *order)]]
-    columns = zip(rows.index, rows["label"], rows["split"], rows["group"], (place, *order), strict=True)
-    image, *nearest = (Neighbor(id_, float(similarity[i]), int(y), str(s), str(g)) for id_, y, s, g, i in columns)
+    values = ds.task.values(rows)
+    labels = zip(ds.task.plain(values), map(ds.task.words, values), strict=True)
+    columns = zip(rows.index, labels, rows["split"], rows["group"], (place, *order), strict=True)
+    image, *nearest = (Neighbor(id_, float(similarity[i]), *y, str(s), str(g)) for id_, y, s, g, i in columns)
     return Neighbors(store.recipe.backbone, image, tuple(nearest))
 
 
 def draw_neighbors(ds: ImageDataset, found: Sequence[Neighbors], target: Path) -> Path:
-    """One row per backbone: the image, then its neighbors; a frame marks those of another class."""
+    """One row per backbone: the image, then its neighbors; a frame marks those of another class, or other findings."""
     rows = []
     for each in found:
         query, pictures = each.image, []
         for near in (query, *each.nearest):
             remark = f"{near.similarity:.2f}" + (" · same group" if near.group == query.group else "")
-            name = ds.class_names[near.label] if near.label >= 0 else "no label"
-            text = f"{_short(near.id)}\n{name} · {near.split}\n{'the image' if near is query else remark}"
-            differs = near.label != query.label and min(near.label, query.label) >= 0
+            label, last = near.words or "no label", "the image" if near is query else remark
+            text = f"{_short(near.id)}\n{label} · {near.split}\n{last}"
+            differs = ds.kind != "number" and near.words != query.words and bool(near.words and query.words)
             pictures.append(Picture(thumbnail(ds, near.id), text, differs))
         rows.append((each.backbone, pictures))
     return plot_sheet(rows, f"nearest in cached features: {_short(found[0].image.id)}", target)
 
 
-def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake], title: str, target: Path) -> int:
-    """Draw the images of mistakes, with classes and probability beneath each; returns how many could be read."""
-    pictures = [
-        Picture(
-            thumbnail(ds, m.id),
-            f"{_short(m.id)}\n{m.label} → {m.predicted}\np {m.p_predicted:.3f} · {m.models_agree} of {m.models} models",
-        )
-        for m in mistakes
-    ]
+def draw_mistakes(ds: ImageDataset, mistakes: Sequence[Mistake] | Sequence[Miss], title: str, target: Path) -> int:
+    """Draw the images of mistakes, with what is wrong beneath each; returns how many could be read."""
+    pictures = [Picture(thumbnail(ds, m.id), f"{_short(m.id)}\n{m.words}") for m in mistakes]
     found = sum(picture.pixels is not None for picture in pictures)
     if found:
         plot_sheet([("", pictures[start : start + 6]) for start in range(0, len(pictures), 6)], title, target)

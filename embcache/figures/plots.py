@@ -39,11 +39,11 @@ _ROWS = 24  # of a legend of classes
 
 @dataclass(frozen=True)
 class Map:
-    """One panel: a title, coordinates (n, 2), labels (n,), and what is written under it."""
+    """One panel: a title, coordinates (n, 2), classes or numbers (n,), and what is written under it."""
 
     title: str
     coordinates: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     caption: str = ""
 
 
@@ -87,8 +87,11 @@ def _grid(n: int, most: int, width: float, height: float) -> tuple[Figure, Any]:
 def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, target: Path) -> Path:
     """Draw maps side by side with one legend; the format follows the target's suffix (PNG, SVG, PDF).
 
-    The legend has the classes that are shown; where there is no room for all, those of most images.
+    The legend has the classes that are shown; where there is no room for all, those of most images. Numbers have one
+    scale for all panels, without the outermost two percent on either side.
     """
+    if maps[0].labels.dtype.kind == "f":
+        return _plot_numbered(maps, class_names[0], title, target)
     counts = np.bincount(np.concatenate([panel.labels for panel in maps]), minlength=len(class_names))
     shown = np.flatnonzero(counts).tolist()
     size, least = (9.0, 4.6) if len(shown) <= 8 else (8.0, 6.0) if len(shown) <= 24 else (6.5, 7.5)
@@ -105,6 +108,22 @@ def plot_maps(maps: Sequence[Map], class_names: Sequence[str], title: str, targe
     weights = {class_names[label]: int(counts[label]) for label in shown}
     note = f"Marks come again after {_MARKS} classes." if max(shown) >= _MARKS else ""
     add_legend(figure, handles, size, note, weights)
+    add_title(figure, title, 11)
+    return _save(figure, target)
+
+
+def _plot_numbered(maps: Sequence[Map], name: str, title: str, target: Path) -> Path:
+    side = max(3.0, 4.6 / min(len(maps), 4))
+    figure, axes = _grid(len(maps), 4, side, side + 0.1)
+    low, high = np.quantile(np.concatenate([panel.labels for panel in maps]), (0.02, 0.98))
+    for axis, panel in zip(axes, maps, strict=True):
+        points = axis.scatter(
+            *panel.coordinates.T, c=panel.labels, cmap="viridis", vmin=low, vmax=high, s=14, alpha=0.8, linewidths=0
+        )
+        axis.set_title(wrap(panel.title, 10, side - 0.2), fontsize=10)
+        axis.set_xlabel(panel.caption, fontsize=7)
+        axis.set(xticks=[], yticks=[])
+    figure.colorbar(points, ax=list(axes), shrink=0.7, extend="both").set_label(shorten(name, 8, 3.0), fontsize=8)
     add_title(figure, title, 11)
     return _save(figure, target)
 
@@ -313,31 +332,74 @@ def plot_rates(
     return _save(figure, target)
 
 
-def plot_confusion(counts: NDArray[np.int64], names: Sequence[str], title: str, target: Path) -> Path:
-    """Draw a confusion matrix (C, C), rows true: counts, and shares of their row, which color the cells too."""
-    n = len(names)
+def plot_numbers(
+    y: NDArray[np.float64], predicted: NDArray[np.float64], name: str, words: str, title: str, target: Path,
+    agreement: Sequence[float] | None = None, *, note: str = "",
+) -> Path:  # fmt: skip
+    """Draw predictions over true numbers (n,) with the identity; with mean and limits of errors, these instead."""
+    words, note = wrap(words, 8, 5.7), wrap(note, 8, 6.1)
+    figure = Figure(figsize=(6.4, 5.9 + 0.17 * (words.count("\n") + note.count("\n") + 2)), layout="constrained")
+    axis = figure.subplots()
+    x, values = (y, predicted) if agreement is None else (predicted, predicted - y)
+    size, alpha = (14, 0.6) if len(y) < 1_000 else (6, 0.35)
+    points = axis.scatter(x, values, s=size, alpha=alpha, color=_COLORS[0], linewidths=0, rasterized=len(y) > 5_000)
+    if agreement is None:
+        ends = min(y.min(), predicted.min()), max(y.max(), predicted.max())
+        axis.plot(ends, ends, color="0.4", linewidth=1.0)
+        axis.set(aspect="equal")
+    else:
+        for level, line in zip(agreement, ("-", "--", "--"), strict=True):
+            axis.axhline(level, color=_COLORS[5], linestyle=line, linewidth=1.2)
+        axis.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
+    short = shorten(name, 9, 3.0)
+    labels = (f"{short}, true", f"{short}, predicted")
+    axis.set_xlabel(labels[agreement is not None], fontsize=9)
+    axis.set_ylabel(labels[1] if agreement is None else "error: predicted − true", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.set_title(wrap(title, 10, 5.6), fontsize=10)
+    figure.legend(
+        [points], [words], loc="outside lower center", frameon=False, fontsize=8, title=note or None, title_fontsize=8,
+        alignment="left",
+    )  # fmt: skip
+    return _save(figure, target)
+
+
+def plot_confusion(
+    counts: NDArray[np.int64], names: Sequence[str], title: str, target: Path, columns: Sequence[str] = ()
+) -> Path:
+    """Draw a confusion matrix (C, C), rows true: counts, and shares of their row, which color the cells too.
+
+    With ``columns`` those of findings (L, 4): of images with and without each, shares of either.
+    """
+    n, across = len(names), columns or names
     each = 0.85 if n <= 10 else 0.6 if n <= 20 else 0.42 if n <= _NUMBERED else 0.14
+    wide = max(each, 0.85) if columns else each
     size = 5.5 if each < 0.5 else 7 if n > 10 else 9
     small = 8 if n <= 20 else 6 if n <= _NUMBERED else 4
-    shown = [shorten(name, small, 1.6) for name in names]
-    room = max(text_width(name, small) for name in shown)  # inches of names beside and below
-    figure = Figure(figsize=(max(4.2, each * n + 1.9 + room), max(3.6, each * n + 1.2 + room)), layout="constrained")
+    shown, above = ([shorten(name, small, 1.6) for name in of] for of in (names, across))
+    room = max(text_width(name, small) for name in (*shown, *above))  # inches of names beside and below
+    figure = Figure(
+        figsize=(max(4.2, wide * len(across) + 1.9 + room), max(3.6, each * n + 1.2 + room)), layout="constrained"
+    )
     axis = figure.subplots()
-    rows = counts.sum(1, keepdims=True)
-    shares = counts / np.maximum(rows, 1)
-    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    figure.colorbar(image, ax=axis, shrink=0.7).set_label("share of the row", fontsize=8)
+    sides = counts.reshape(n, 2 if columns else 1, -1)
+    rows = sides.sum(2, keepdims=True)
+    shares = (sides / np.maximum(rows, 1)).reshape(counts.shape)
+    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto" if columns else "equal")
+    word = "share of those with or without it" if columns else "share of the row"
+    figure.colorbar(image, ax=axis, shrink=0.7).set_label(word, fontsize=8)
     if n <= _NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
-            share = f"\n{shares[row, column]:.0%}".replace("%", " %") if rows[row, 0] else ""
+            there = rows[row, column // sides.shape[2], 0]
+            share = f"\n{shares[row, column]:.0%}".replace("%", " %") if there else ""
             color = "white" if shares[row, column] > 0.55 else "black"
             axis.text(column, row, f"{count:,}{share}", ha="center", va="center", color=color, fontsize=size)
     turned: dict[str, Any] = {"rotation": 40, "ha": "right"} if n <= _NUMBERED else {"rotation": 90, "ha": "center"}
-    axis.set_xticks(range(n), shown, fontsize=small, **turned)
-    labels = [f"{name} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0], strict=True)]
+    axis.set_xticks(range(len(across)), above, fontsize=small, **turned)
+    labels = [f"{name} ({int(n_of):,})" for name, n_of in zip(shown, rows[:, 0, 0], strict=True)]
     axis.set_yticks(range(n), labels, fontsize=small)
-    axis.set_xlabel("predicted class", fontsize=9)
-    axis.set_ylabel("true class (test images)", fontsize=9)
+    axis.set_xlabel("" if columns else "predicted class", fontsize=9)
+    axis.set_ylabel("finding (test images with it)" if columns else "true class (test images)", fontsize=9)
     add_title(figure, title, 10)
     return _save(figure, target)
 

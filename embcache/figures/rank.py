@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations_with_replacement
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from embcache.probe.protocol import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import Result, list_results
 from embcache.store.feature_store import extract_command
+from embcache.targets import declared
 
 Array = NDArray[np.float64]
 
@@ -104,6 +106,8 @@ def rank(
 ) -> Ranking:
     """Score cached backbones, all by default, without training, and rank them; no test row is looked at.
 
+    H-score and nearest centroid are of classes; LogME of a number is its evidence, k-NN predicts each kind of target.
+
     Folds are five; fewer, with a note, where a class has fewer groups; where it has one, all training images are scored
     by LogME alone. Subset F with more than 5,000 training images per fold takes that many.
 
@@ -138,6 +142,8 @@ def rank(
     plan, more = _plan(pool, subset, seed)
     (name,) = plan.subsets
     scores = {backbone: _scores(pool, plan, backbone, name) for backbone in pool.stores}
+    if pool.ds.kind in ("findings", "number"):
+        more.append(f"H-score and nearest centroid are of classes; the target is {pool.ds.kind}")
     known = [key for key in ORDER if not any(np.isnan(row[key]) for row in scores.values())]
     places = np.mean([rankdata([-row[key] for row in scores.values()]) for key in known], axis=0)
     saved, found = _saved_probes(pool, plan, home)
@@ -166,7 +172,7 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
         if len(both) < 3:
             continue
         reached = [row.probes[subset] for row in both]
-        for key in (*SCORES, "place"):
+        for key in (*(key for key in SCORES if not any(np.isnan(vars(row)[key]) for row in both)), "place"):
             values = [-row.place if key == "place" else vars(row)[key] for row in both]
             if len(set(values)) < 2 or len(set(reached)) < 2:
                 tau = rho = float("nan")
@@ -177,10 +183,18 @@ def correlate(rows: Sequence[RankRow]) -> list[Correlation]:
 
 
 def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
-    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and notes."""
-    sides, names = pool.sides, pool.ds.class_names
+    """Five folds, fewer where a class has fewer groups, none to validate where it has one; and notes.
+
+    Of findings, groups with and groups without each count; of a number, all.
+    """
+    sides, names, task = pool.sides, pool.ds.class_names, pool.ds.task
     labels, groups = sides.labels[sides.pool], sides.groups[sides.pool]
-    counts = [len(set(groups[labels == c])) for c in range(len(names))]
+    if task.kind == "number":
+        counts = [len(set(groups))]
+    elif task.kind == "findings":
+        counts = [min(len(set(groups[of == value])) for value in (0, 1)) for of in labels.T]
+    else:
+        counts = [len(set(groups[labels == c])) for c in range(len(names))]
     folds = min(_FOLDS, *counts)
     if folds < 2 <= sum(count > 0 for count in counts) and str(subset).upper() == "F":
         rows = pool.drawn(seed)
@@ -189,7 +203,7 @@ def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
         return Splits(
             dataset=pool.ds.name, class_names=names, ids=sides.ids, labels=sides.labels, groups=sides.groups,
             test=sides.test, test_set=sides.test_set, train={(0, "F"): rows}, val={(0, "F"): rows[:0]}, subsets=("F",),
-            n_folds=1, seed=seed, val_mode="full", notes=sides.notes,
+            n_folds=1, seed=seed, val_mode="full", notes=sides.notes, target=task,
         ), [note]  # fmt: skip
     stores, folds = list(pool.stores.values()), max(folds, 2)
     plan = plan_for(pool.ds, stores, subsets=[subset], folds=folds, seed=seed)
@@ -204,7 +218,8 @@ def _plan(pool: Pool, subset: str | int, seed: int) -> tuple[Splits, list[str]]:
 
 
 def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, float]:
-    metric, n_classes = pool.ds.metric, len(pool.ds.class_names)
+    metric, task, n_classes = pool.ds.metric, pool.ds.task, pool.ds.task.outputs
+    of_classes = task.kind not in ("findings", "number")
     features, place = pool.features(backbone, pool.rows), np.full(len(plan.ids), -1, dtype=np.int64)
     place[pool.rows] = np.arange(len(pool.rows))
     x, labels = features.numpy(), plan.labels
@@ -215,17 +230,26 @@ def _scores(pool: Pool, plan: Splits, backbone: str, subset: str) -> dict[str, f
         if not len(val):
             centroid, near = [np.nan], [np.nan]
             break
-        nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
-        centroid.append(score(metric, labels[val], nearest))
+        if of_classes:
+            nearest = centroid_logits(x[place[train]], labels[train], x[place[val]], n_classes)
+            centroid.append(score(metric, labels[val], nearest))
         own = {backbone: features[place[train]]}
         solved = KNN().solve(own, torch.from_numpy(labels[train]), None, None, n_classes, metric)
         votes = predict_logits(KNN(), solved.params, {backbone: features}, torch.from_numpy(place[val]))
-        near.append(score(metric, labels[val], votes))
+        near.append(score(metric, labels[val], votes, of=task))
     # At F the folds' training rows together are the pool; smaller subsets differ from fold to fold.
     parts = [np.unique(np.concatenate(parts))] if subset == "F" else parts
-    fitted = [(logme(x[place[rows]], labels[rows]), h_score(x[place[rows]], labels[rows])) for rows in parts]
-    values = (*np.mean(fitted, axis=0), np.mean(centroid), np.mean(near))
+    fitted = [
+        (logme(x[place[rows]], _unitless(labels[rows])), h_score(x[place[rows]], labels[rows]) if of_classes else nan)
+        for rows in parts
+    ]
+    values = (*np.mean(fitted, axis=0), np.mean(centroid or [nan]), np.mean(near))
     return dict(zip(SCORES, map(float, values), strict=True))
+
+
+def _unitless(y: NDArray[Any]) -> NDArray[Any]:
+    """Numbers standardized, so that their evidence does not depend on their unit; all else as it is."""
+    return (y - y.mean()) / (y.std() or 1.0) if y.dtype.kind == "f" else y
 
 
 def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict[str, dict[str, Result]], list[str]]:
@@ -241,15 +265,16 @@ def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict
             (result.kind, result.head, len(result.backbones)) == ("probe", "linear", 1)
             and result.mean is not None
             and (result.target, request.get("classes", {})) == (pool.ds.target, pool.ds.renamed)
+            and (result.class_names, declared(result.task)) == (tuple(pool.ds.class_names), declared(pool.ds.task))
             and one in pool.stores
             and dict(request["recipes"]).get(one) == pool.stores[one].recipe.fingerprint
         )
 
-    metric = find_metric(pool.ds.metric, len(pool.ds.class_names)).key
+    metric = find_metric(pool.ds.metric, pool.ds.task).key
     fitting: dict[tuple[Any, ...], list[Result]] = {}  # by protocol: the values of `_DEFAULTS`
     candidates = [result for result in list_results(home, pool.ds.name) if fits(result)]
     for result in candidates:
-        plain = not {"lr", "views", "repeats", "target"} & set(result.request)
+        plain = not {"lr", "views", "repeats"} & set(result.request)
         complete = result.metric == metric and all(fold.score is not None for fold in result.folds)
         if plain and complete and result.request.get("head") == {"name": "linear"}:
             protocol = tuple(result.request.get(key, value) for key, value in _DEFAULTS.items())
@@ -275,25 +300,36 @@ def _saved_probes(pool: Pool, plan: Splits, home: PathLike | None) -> tuple[dict
 # Scores.
 
 
-def logme(x: NDArray[np.floating], y: IntArray) -> float:
+def logme(x: NDArray[np.floating], y: NDArray[Any]) -> float:
     """Logarithm of maximum evidence (You et al. 2021): how well features explain labels by Bayesian linear regression.
 
-    For each class, 0/1 targets are regressed on the features with a Gaussian prior of precision α and noise of
-    precision β; the log evidence per image, at the α and β that maximize it, is averaged over classes. The authors
-    iterate a fixed point; here β is solved for and λ = α/β searched, which finds the same maximum also where there are
-    fewer images than features and the iteration breaks down.
+    A number is regressed itself; for each class, and for each finding and its absence where it is known, 0/1 targets.
+    The prior is Gaussian with precision α, the noise has precision β; the log evidence per image, at the α and β that
+    maximize it, is averaged over classes, and over findings. The authors iterate a fixed point; here β is solved for
+    and λ = α/β searched, which finds the same maximum also where there are fewer images than features and the iteration
+    breaks down.
 
-    Shapes: x (n, D); y (n,).
+    Shapes: x (n, D); y (n,) classes or numbers in floats, or (n, L) findings, −1 unknown.
     """
-    X = np.asarray(x, dtype=np.float64)
-    n = len(X)
-    targets = (np.asarray(y)[:, None] == np.unique(y)).astype(np.float64)  # (n, classes)
+    X, y = np.asarray(x, dtype=np.float64), np.asarray(y)
+    if y.ndim == 1:
+        return _evidence(X, y[:, None] if y.dtype.kind == "f" else (y[:, None] == np.unique(y)).astype(np.float64))
+    patterns, of = np.unique(y >= 0, axis=1, return_inverse=True)  # findings that are known alike share a spectrum
+    values = []
+    for number, rows in enumerate(patterns.T):
+        present = y[rows][:, of.reshape(-1) == number]
+        values += [_evidence(X[rows], np.hstack([present == v for v in (0, 1)]).astype(np.float64))] * present.shape[1]
+    return float(np.mean(values))
+
+
+def _evidence(X: Array, targets: Array) -> float:
+    """Mean of the evidence of targets (n, c)."""
     with threads_for(X.size):
         s2, projected = _spectrum(X, targets)
     values = []
     for target, along in zip(targets.T, projected.T, strict=True):
-        rest = max(float(target.sum() - (along**2).sum()), 0.0)  # outside the features' span
-        values.append(_max_evidence(s2, along**2, rest, n))
+        rest = max(float((target**2).sum() - (along**2).sum()), 0.0)  # outside the features' span
+        values.append(_max_evidence(s2, along**2, rest, len(X)))
     return float(np.mean(values))
 
 

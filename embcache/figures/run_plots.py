@@ -11,24 +11,29 @@ from typing import Any
 import numpy as np
 
 from embcache.errors import ProtocolError, UsageError, check_choice
-from embcache.figures.plots import Curve, CurvePanel, plot_confusion, plot_curves, plot_rates
+from embcache.figures.plots import Curve, CurvePanel, plot_confusion, plot_curves, plot_numbers, plot_rates
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.metrics import FloatArray, confusion, metric_title, positive_class
 from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import wilson
 from embcache.results.compare import INTERVALS, Tested
 from embcache.results.curves import band_words, by_task, curve_table, metric_words, named_curves
-from embcache.results.decisions import GRID, Value, against_rest, calibration, class_rates
+from embcache.results.decisions import GRID, Value, against_rest, agreement_of, calibration, class_rates
 from embcache.results.layout import Table, bounds, score, signed
 from embcache.results.paper import Cell, Grid
 from embcache.runs.result import Estimate, Result
 
-KINDS = ("roc", "pr", "confusion", "calibration")
+OF_CLASSES, OF_NUMBERS = ("roc", "pr", "confusion", "calibration"), ("scatter", "residual")
+KINDS = (*OF_CLASSES, *OF_NUMBERS)
 MOST_CLASSES = 10
-"""Classes of a figure of curves: of more, those with the most test images."""
+"""Classes, or findings, of a figure of curves: of more, those with the most test images."""
 
+OF_NUMBER = ("mae", "rmse", "r2", "pearson", "spearman")
 _THESE = "in brackets: 95 % interval, new patients and these models"
 _BANDS = 4  # classes up to which bands can be distinguished
+_EACH = {"class": "each class against the rest", "finding": "each finding on the images of which it is known"}
+_CALLED = ("present, called", "present, not called", "absent, called", "absent, not called")
+Part = tuple[Predictions, int]  # models, and a class of theirs; of a finding those of two classes
 
 
 # Learning curves.
@@ -110,47 +115,79 @@ class RunFigure:
     files: Sequence[Path]
 
 
+def default_kind(result: Result) -> str:
+    """The kind of figure that fits the target of a run first."""
+    return (OF_NUMBERS if result.task.kind == "number" else OF_CLASSES)[0]
+
+
 def draw_run(tested: Tested, kind: str, targets: Sequence[Path], *, positive: str | None = None) -> RunFigure:
     """Draw one run's test predictions."""
-    result, predictions = tested.result, tested.predictions
+    result, predictions, task = tested.result, tested.predictions, tested.predictions.task
     check_choice("--kind", kind, KINDS)
-    names = predictions.class_names
+    if kind not in (fitting := OF_NUMBERS if task.kind == "number" else OF_CLASSES):
+        raise ProtocolError(
+            f"a figure of kind {kind} does not fit a target of kind {task.kind}", code="figure-does-not-fit",
+            expected=", ".join(fitting), found=f"{result.id}: {', '.join(task.names[:3])}", fix=f"--kind {fitting[0]}",
+        )  # fmt: skip
     title = f"{result.dataset}{' (synthetic)' * result.synthetic}: {' + '.join(result.backbones)}, {result.id}"
-    if kind == "confusion":
-        if positive is not None:
-            raise UsageError("a confusion matrix has no positive class", code="unused-option",
-                             found=f"--positive {positive}", fix="leave it out")  # fmt: skip
+    if positive is not None and ((kind == "confusion" and task.kind != "findings") or kind in OF_NUMBERS):
+        raise UsageError(f"a figure of kind {kind} has no positive class", code="unused-option",
+                         found=f"--positive {positive}", fix="leave it out")  # fmt: skip
+    if kind in OF_NUMBERS:
+        return _numbers(tested, kind, title, targets)
+    if kind == "confusion" and task.kind != "findings":
         return _confusion(predictions, title, targets)
-    counts = np.bincount(predictions.labels, minlength=len(names))
-    if (counts > 0).sum() < 2:
-        raise ProtocolError("curves need test images of two classes", code="one-class",
-                            found=", ".join(names[c] for c in counts.nonzero()[0]))  # fmt: skip
-    if positive is not None or len(names) == 2:
-        classes = [positive_class(names, positive) if positive is not None else predictions.positive]
-        if not 0 < counts[classes[0]] < counts.sum():
-            raise ProtocolError(f"no test image is of class {names[classes[0]]!r}", code="absent-class",
-                                fix="leave --positive out")  # fmt: skip
-    else:
-        classes = [c for c in sorted(np.argsort(-counts, kind="stable")[:MOST_CLASSES].tolist()) if counts[c]]
-    notes = [INTERVALS]
-    if 1 < len(classes) < (counts > 0).sum():
-        notes.append(
-            f"shortened: the {len(classes)} classes with the most test images of {int((counts > 0).sum())}; "
-            "--positive CLASS draws another one"
-        )
-    if not counts.all():
-        notes.append(f"no test image of {', '.join(names[c] for c in np.flatnonzero(counts == 0))}")
+    parts, notes = _parts(predictions, positive)
+    if kind == "confusion":
+        return _findings_confusion(parts, title, targets, notes)
     draw = _calibration if kind == "calibration" else _rates
-    return draw(predictions, kind, classes, title, targets, notes)
+    return draw(parts, kind, task.noun, title, targets, [INTERVALS, *notes])
+
+
+def _parts(predictions: Predictions, positive: str | None) -> tuple[list[Part], list[str]]:
+    """The classes or findings of a figure, and notes on others; an error where there is none."""
+    names, task = predictions.class_names, predictions.task
+    findings = task.kind == "findings"
+    counts, absent = np.array(task.counts(predictions.labels)), task.absent(predictions.labels)
+    there = [c for c in range(len(names)) if c not in absent]
+    if len(there) < 2 - findings:
+        raise ProtocolError(
+            f"curves need test images of two {task.nouns}" if not findings else "curves need test images with and "
+            "without a finding", code="one-class", found=", ".join(names[c] for c in counts.nonzero()[0]),
+        )  # fmt: skip
+    alone = None
+    if positive is not None and findings:
+        predictions.finding(positive)  # refuses others
+        alone = names.index(positive)
+    elif positive is not None or (len(names) == 2 and not findings):
+        alone = positive_class(names, positive) if positive is not None else predictions.positive
+    if alone is not None and alone not in there:
+        if findings:
+            raise ProtocolError(f"no test image is known to be with, or none without, {names[alone]!r}",
+                                code="absent-class", fix="leave --positive out")  # fmt: skip
+        raise ProtocolError(f"no test image is of class {names[alone]!r}", code="absent-class",
+                            fix="leave --positive out")  # fmt: skip
+    most = sorted(sorted(there, key=lambda c: (-counts[c], c))[:MOST_CLASSES])
+    classes, notes = [alone] if alone is not None else most, list[str]()
+    if 1 < len(classes) < len(there):
+        notes.append(
+            f"shortened: the {len(classes)} {task.nouns} with the most test images of {len(there)}; "
+            f"--positive {'NAME' if findings else 'CLASS'} draws another one"
+        )
+    if absent:
+        lacking = ", ".join(names[c] for c in absent)
+        notes.append(f"test images with and without it are needed of {lacking}" if findings else
+                     f"no test image of {lacking}")  # fmt: skip
+    return [(predictions.finding(names[c]), 1) if findings else (predictions, c) for c in classes], notes
 
 
 def _rates(
-    predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
+    parts: Sequence[Part], kind: str, noun: str, title: str, targets: Sequence[Path], notes: list[str]
 ) -> RunFigure:
     metric = "auc" if kind == "roc" else "auprc"
-    word, k, alone = metric_title(metric), len(predictions.logits), len(classes) == 1
-    band = k > 1 and len(classes) <= _BANDS
-    found = [class_rates(predictions, c, metric) for c in classes]
+    word, k, alone = metric_title(metric), len(parts[0][0].logits), len(parts) == 1
+    band = k > 1 and len(parts) <= _BANDS
+    found = [class_rates(predictions, c, metric) for predictions, c in parts]
     curves = []
     for rates in found:
         own, name = f"{word} {_score(rates.estimate)}", f"{rates.name} ({rates.images:,})"
@@ -165,9 +202,9 @@ def _rates(
         curves.append(_curve(other, "ensemble" if alone else rates.name, rates.x, rates.y, dashed=not alone))
     first = found[0]
     if alone:
-        title += f"\npositive: {first.name}, {first.images:,} of {len(predictions.labels):,} test images"
+        title += f"\npositive: {first.name}, {first.images:,} of {len(parts[0][0].labels):,} test images"
     else:
-        title += "\neach class against the rest (test images)"
+        title += f"\n{_EACH[noun]} (test images)"
     about = [f"band: ± sd over the {k} models"] * band
     about += [f"solid: mean of {k} models; dashed: ensemble"] * (k > 1 and not alone)
     if any(r.estimate.new_model for r in found):
@@ -179,11 +216,11 @@ def _rates(
     reference: Any = "diagonal" if kind == "roc" else first.share if alone else None
     for target in targets:
         plot_rates(curves, title, target, axes=axes, reference=reference, note="\n".join(about))
-    headers = ["class", "images", "groups", f"{word} ± sd", "95 % interval", f"{word} of the ensemble", "95 % interval"]
+    headers = [noun, "images", "groups", f"{word} ± sd", "95 % interval", f"{word} of the ensemble", "95 % interval"]
     rows = [[r.name, f"{r.images:,}", f"{r.groups:,}", *_cells(r.estimate), *_cells(r.ensemble)] for r in found]
     records = [
         {
-            "class": r.name, "images": r.images, "groups": r.groups, "mean": asdict(r.estimate),
+            noun: r.name, "images": r.images, "groups": r.groups, "mean": asdict(r.estimate),
             "ensemble": asdict(r.ensemble),
         }
         for r in found
@@ -206,13 +243,70 @@ def _confusion(predictions: Predictions, title: str, targets: Sequence[Path]) ->
     return RunFigure("confusion", title, "", ["class", *names], rows, notes, records, targets)
 
 
+def _findings_confusion(parts: Sequence[Part], title: str, targets: Sequence[Path], notes: list[str]) -> RunFigure:
+    """Counts of each finding above and below P = 0.5, of images with and without it."""
+    k, names = len(parts[0][0].logits), [two.class_names[1] for two, _ in parts]
+    counts = np.stack([confusion(two.labels, two.ensemble().logits[0])[::-1, ::-1].ravel() for two, _ in parts])
+    models = f"ensemble of {k} models" if k > 1 else "one model"
+    title += f"\n{models}, P > 0.5 of each finding, on the test images of which it is known"
+    for target in targets:
+        plot_confusion(counts, names, title, target, _CALLED)
+    rows = [[name, *(f"{count:,}" for count in line)] for name, line in zip(names, counts.tolist(), strict=True)]
+    records = [{"finding": name, **dict(zip(_CALLED, line, strict=True))}
+               for name, line in zip(names, counts.tolist(), strict=True)]  # fmt: skip
+    notes = [f"called: P > 0.5 of the {models}; shares are of the images with, and of those without, the finding",
+             *notes]  # fmt: skip
+    return RunFigure("confusion", title, "", ["finding", *_CALLED], rows, notes, records, targets)
+
+
+def _numbers(tested: Tested, kind: str, title: str, targets: Sequence[Path]) -> RunFigure:
+    """Predicted over true numbers, or errors over predictions, of the ensemble."""
+    predictions, baseline = tested.predictions, tested.result.baseline
+    one, k = predictions.ensemble(), len(predictions.logits)
+    name, predicted, y = one.class_names[0], one.p[0, :, 0], one.labels
+    agreement = agreement_of(predicted - y)
+    scores = {key: (predictions.estimate(key), one.estimate(key)) for key in OF_NUMBER}
+    models = f"ensemble of {k} models" if k > 1 else "one model"
+    if kind == "scatter":
+        words = ", ".join(f"{metric_title(key)} {_score(scores[key][1])}" for key in ("r2", "mae"))
+        words = f"{models}: {words}"
+    else:
+        words = f"{models}: mean error {signed(agreement[0], 3, plus=True)}, limits of agreement (mean ± 1.96 sd) "
+        words += f"{signed(agreement[1], 3)} to {signed(agreement[2], 3, plus=True)}"
+    title += f"\n{len(y):,} test images"
+    for target in targets:
+        plot_numbers(
+            y,
+            predicted,
+            name,
+            words,
+            title,
+            target,
+            agreement if kind == "residual" else None,
+            note=_THESE * (kind == "scatter"),
+        )
+    rows = [
+        [metric_title(key), *_cells(own), *_cells(ensemble), _plain(baseline.get(key))]
+        for key, (own, ensemble) in scores.items()
+    ]
+    headers = ["metric", "mean ± sd", "95 % interval", "ensemble", "95 % interval", "always the training mean"]
+    records: list[dict[str, Any]] = [
+        {"metric": key, "mean": asdict(own), "ensemble": asdict(ensemble), "baseline": baseline.get(key)}
+        for key, (own, ensemble) in scores.items()
+    ]
+    records.append(dict(zip(("mean_error", "low", "high"), agreement, strict=True)))
+    notes = [INTERVALS, f"{name}: mean error {signed(agreement[0], 4, plus=True)}, limits of agreement "
+             f"{signed(agreement[1], 4)} to {signed(agreement[2], 4)} (mean ± 1.96 sd) of the {models}"]  # fmt: skip
+    return RunFigure(kind, title, "", headers, rows, notes, records, targets)
+
+
 def _calibration(
-    predictions: Predictions, kind: str, classes: Sequence[int], title: str, targets: Sequence[Path], notes: list[str]
+    parts: Sequence[Part], kind: str, noun: str, title: str, targets: Sequence[Path], notes: list[str]
 ) -> RunFigure:
-    k, alone = len(predictions.logits), len(classes) == 1
+    k, alone = len(parts[0][0].logits), len(parts) == 1
     curves: list[Curve] = []
     rows, records = [], []
-    for c in classes:
+    for predictions, c in parts:
         name, two = predictions.class_names[c], against_rest(predictions, c)
         found = calibration(two)
         last = found[-1]  # the ensemble, or the single model
@@ -230,15 +324,16 @@ def _calibration(
         for each in found:
             numbers = [_value(each.intercept), _value(each.slope), _value(each.brier), f"{each.ece:.4f}"]
             rows.append([name, each.models, *numbers, f"{len(each.bins)}" if each.bins else ""])
-            records.append({"class": name, **asdict(each)})
-    first = predictions.class_names[classes[0]]
+            records.append({noun: name, **asdict(each)})
+    predictions, c = parts[0]
+    first = predictions.class_names[c]
     counts: list[int] = []
     if alone:
-        one = against_rest(predictions.ensemble(), classes[0])
+        one = against_rest(predictions.ensemble(), c)
         counts = np.histogram(one.p[0, :, 1], bins=np.linspace(0, 1, 21))[0].tolist()
         title += f"\npositive: {first}, {int((one.labels == 1).sum()):,} of {len(one.labels):,} test images"
     else:
-        title += f"\neach class against the rest{', ensemble' if k > 1 else ''}"
+        title += f"\n{_EACH[noun]}{', ensemble' if k > 1 else ''}"
     sizes = [b["images"] for record in records for b in record["bins"]]
     about = [
         f"{len(records[-1]['bins'])} bins of {min(sizes):,}{f' to {max(sizes):,}' * (max(sizes) > min(sizes))} images",
@@ -246,10 +341,10 @@ def _calibration(
         *[f"dashed: each of the {k} models"] * (alone and k > 1),
     ]
     note = "\n".join(["; ".join(about), _THESE, *(note for note in notes if note.startswith("shortened"))])
-    axes = (f"probability of {first if alone else 'the class'}", "share observed")
+    axes = (f"probability of {first if alone else f'the {noun}'}", "share observed")
     for target in targets:
         plot_rates(curves, title, target, axes=axes, reference="diagonal", points=True, counts=counts, note=note)
-    headers = ["class", "models", "intercept", "slope", "Brier score", "calibration error", "bins"]
+    headers = [noun, "models", "intercept", "slope", "Brier score", "calibration error", "bins"]
     return RunFigure(kind, title, first if alone else "", headers, rows, notes, records, targets)
 
 
@@ -266,6 +361,10 @@ def _value(value: Value, digits: int = 3) -> str:
     if value.value is None:
         return f"– ({value.why})"
     return signed(value.value, digits) + (f" ({bounds(value.interval, digits=digits)})" if value.interval else "")
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else signed(value, 4)
 
 
 def _score(estimate: Estimate) -> str:

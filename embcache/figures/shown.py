@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,16 @@ from embcache.probe.protocol import Sides
 from embcache.results.curves import refuse_untrusted
 from embcache.runs.folders import Result, load_heads
 from embcache.store.feature_store import FeatureStore, extract_command
+from embcache.targets import Target
 
 LIMIT = 2000
 """Images of a map in a figure of the paper: beyond it points hide each other."""
 
 MOST = 5_000
 """Most training images that `rank` and `similarity` look at: beyond it values hardly change and time grows."""
+
+MOST_FINDINGS = 6
+"""Findings that have a color of their own in a map: those of most images."""
 
 _CHUNK = 128  # images embedded at a time
 
@@ -39,7 +44,7 @@ class Shown:
     """Labeled images of a figure."""
 
     ids: list[str]
-    labels: NDArray[np.int64]  # (n,)
+    labels: NDArray[Any]  # values of the target, (n,), or (n, L) of findings
     groups: list[str]  # of each image; identical images are of one group
     remark: str  # which rows these are, in words
 
@@ -121,7 +126,7 @@ def shown_images(
         "train": (pool, "training and validation images"),
         "all": (np.union1d(sides.test, pool), "all images"),
     }[rows]
-    chosen = chosen[sides.labels[chosen] >= 0]
+    chosen = chosen[ds.task.known(sides.labels[chosen])]
     if not len(chosen):
         raise ProtocolError(
             f"the labels of the {rows} images of {ds.name} are not known: there is nothing to color by",
@@ -131,6 +136,39 @@ def shown_images(
         remark += f", {most:,} drawn of {len(chosen):,} images"
         chosen = np.sort(chosen[hash_order(0, "figure", sides.ids[chosen].tolist())[:most]])
     return Shown(sides.ids[chosen].tolist(), sides.labels[chosen], sides.groups[chosen].tolist(), remark)
+
+
+@dataclass(frozen=True, eq=False)
+class Colors:
+    """What the images of a map are colored by."""
+
+    values: NDArray[Any]  # classes int64 (n,), or numbers float64 (n,)
+    names: tuple[str, ...]  # of the classes, or of the number
+    classes: bool  # whether each image is of one class, so that classes can be scored
+
+
+def colors_of(task: Target, y: NDArray[Any], positive: str | None = None) -> Colors:
+    """Classes and numbers as they are; of findings one of them, or which of the most frequent ones an image has."""
+    if positive is not None and (task.kind != "findings" or positive not in task.names):
+        raise UsageError(
+            "there is no such finding to color by", code="unknown-finding", found=positive, where="--positive",
+            expected=", ".join(task.names) if task.kind == "findings" else f"findings; the target is {task.kind}",
+            fix="leave it out" if task.kind != "findings" else f"--positive {shlex.quote(task.names[0])}",
+        )  # fmt: skip
+    if task.kind == "number":
+        return Colors(y, task.names, classes=False)
+    if task.kind != "findings":
+        return Colors(y, task.names, classes=True)
+    if positive is not None:
+        of = y[:, task.names.index(positive)]
+        there = bool((of < 0).any())
+        return Colors(np.where(of < 0, 2, of), (f"no {positive}", positive, *["not known"] * there), classes=not there)
+    most = np.argsort(-(y == 1).sum(0), kind="stable")[:MOST_FINDINGS]
+    names = [task.names[c] for c in most]
+    own, several, other, none = y[:, most] == 1, len(names), len(names) + 1, len(names) + 2
+    has = (y == 1).sum(1)
+    values = np.where(has > 1, several, np.where(own.any(1), own.argmax(1), np.where(has == 1, other, none)))
+    return Colors(values, (*names, "several findings", "another finding", "none of them known to be present"), False)
 
 
 def check_dataset(result: Result, ds: ImageDataset) -> None:

@@ -59,6 +59,7 @@ class Series:
     dashed: bool = False  # for reference
     shown: bool = True  # at first; the legend toggles it
     points: bool = True  # whether its points are marked
+    line: bool = True  # whether they are joined
     counts: Sequence[int] = ()  # images behind each point, for the tooltip; empty for none
 
 
@@ -109,14 +110,17 @@ def line_chart(
         common: dict[str, Any] = {"name": f"s{place}", "visible": one.shown}
         if one.low:
             plot.varea(x, list(one.low), list(one.high), fill_color=color, fill_alpha=0.13, **common)
-        line: Any = plot.line(
-            x, y, line_color=color, line_dash=dash, line_width=2, line_alpha=0.7 if one.dashed else 1, **common
-        )
+        line: Any = None
+        if one.line:
+            line = plot.line(
+                x, y, line_color=color, line_dash=dash, line_width=2, line_alpha=0.7 if one.dashed else 1, **common
+            )
         if one.points:
             counts = {"n": list(one.counts)} if one.counts else {}
             line = plot.scatter(
-                "x", "y", source=ColumnDataSource({"x": x, "y": y, **counts}), marker=MARKERS[marker], size=8,
-                color=color, fill_alpha=0.3 if one.dashed else 1, **common,
+                "x", "y", source=ColumnDataSource({"x": x, "y": y, **counts}), marker=MARKERS[marker],
+                size=8 if one.line else 5, color=color, fill_alpha=0.3 if one.dashed else 1 if one.line else 0.5,
+                line_alpha=1 if one.line else 0.5, **common,
             )  # fmt: skip
         hoverable.append(line)
         legend.append((one.name, color, GLYPHS[marker] if one.points else "━", one.shown))

@@ -22,6 +22,7 @@ from embcache.probe.inputs import open_stores, plan_for
 from embcache.probe.metrics import metric_title
 from embcache.probe.protocol import Splits
 from embcache.probe.schedule import schedule_of
+from embcache.probe.statistics import FEWEST_GROUPS
 from embcache.report.collect import Choice, Part, Task, hidden_columns, secret_words, shown_columns
 from embcache.results.layout import Table, bounds, score
 from embcache.store.feature_store import list_stores
@@ -105,7 +106,7 @@ def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes:
     steps += [FlowStep("of classes that are left out", left_out, None, "out")] * bool(left_out)
     for words, why in {
         "could not be read": np.array([name in bad for name in plan.ids], dtype=bool),
-        "without a label": plan.labels < 0,
+        "without a label": ~plan.task.known(plan.labels),
         "of patients who are in the test set": of_test,
         "of patients who are in the validation split": of_val,
         "not drawn: the pool is limited": rest,
@@ -123,7 +124,7 @@ def _flow(part: Part, dataset: ImageDataset, plan: Splits, bad: set[str], sizes:
         parts["validation"] = val
         steps.append(step("validation, a split of the dataset's own", val, "used", "the same in every fold"))
     parts["test"] = test
-    unlabeled = int((plan.labels[plan.test] < 0).sum())
+    unlabeled = int((~plan.task.known(plan.labels[plan.test])).sum())
     official = "the official one" if plan.test_set == "official" else "held out by embcache"
     detail = f"{unlabeled:,} without a label, not scored" if unlabeled else ""
     steps.append(step(f"test set, {official}", test, "used", detail))
@@ -144,12 +145,25 @@ def _mix(dataset: ImageDataset, plan: Splits, parts: Mapping[str, BoolArray], gr
         sizes = (f"{np.median(c):g} ({c.max():,})" if len(c) else "0" for c in per)
         rows.append(("images per patient, median (maximum)", "", *sizes))
     notes = ["percentages are of the images of the part", *hidden_columns(dataset)]
-    names = dataset.class_names[:_MOST_CLASSES]
-    rows += [row("class" if c == 0 else "", name, plan.labels == c) for c, name in enumerate(names)]
+    names, task, y = dataset.class_names[:_MOST_CLASSES], plan.task, plan.labels
+    unknown = ~task.known(y)
+    if task.kind == "number":
+        known = [y[which & ~unknown] for which in parts.values()]
+        cells = (f"{v.mean():.4g} ± {v.std(ddof=1):.4g}" if len(v) > 1 else "–" for v in known)
+        rows.append((names[0], "mean ± sd", *cells))
+        quarters = (np.quantile(v, (0.25, 0.5, 0.75)) if len(v) else () for v in known)
+        rows.append(("", "quartiles", *(", ".join(f"{q:.4g}" for q in found) for found in quarters)))
+    else:
+        of = [y[:, c] == 1 if y.ndim == 2 else y == c for c in range(len(names))]
+        rows += [row(task.noun if c == 0 else "", name, of[c]) for c, name in enumerate(names)]
+    if y.ndim == 2:
+        in_part = np.any([*parts.values()], axis=0)
+        some = [c for c in range(len(names)) if (y[in_part, c] < 0).any()]
+        rows += [row("not known" if c == some[0] else "", names[c], y[:, c] < 0) for c in some]
     if len(names) < len(dataset.class_names):
-        notes.append(f"{len(dataset.class_names) - len(names):,} more classes are not listed")
-    if (plan.labels[np.any([*parts.values()], axis=0)] < 0).any():
-        rows.append(row("", "no label", plan.labels < 0))
+        notes.append(f"{len(dataset.class_names) - len(names):,} more {task.nouns} are not listed")
+    if unknown[np.any([*parts.values()], axis=0)].any():
+        rows.append(row("", "no label", unknown))
     for column in shown_columns(dataset, secret):
         values = [(value, column.of == value) for value in column.values]
         values += [("(no value)", column.of == "")] if (column.of == "").any() else []
@@ -190,10 +204,17 @@ def quarantines(part: Part, *, ids: bool) -> tuple[list[tuple[str, Table | None,
 
 
 def unequal_classes(part: Part) -> list[str]:
-    """A line per split whose classes are of very unequal size."""
-    if part.dataset is None:
+    """A line per split whose classes are of very unequal size, or whose findings are of too few patients."""
+    if part.dataset is None or part.dataset.kind == "number":
         return []
     lines, ds, split_of = [], part.dataset, part.dataset.table["split"].to_numpy(dtype=object)
+    if ds.kind == "findings":
+        y, own = ds.labels, split_of == "test"
+        groups = {
+            name: len(set(ds.groups[own & (of == 1)].tolist())) for name, of in zip(ds.class_names, y.T, strict=True)
+        }
+        few = [f"{name} ({n})" for name, n in groups.items() if n < FEWEST_GROUPS]
+        return [f"fewer than {FEWEST_GROUPS} test patients have {', '.join(few)}"] if own.any() and few else []
     for split in ("train", "val", "test"):
         counts = {name: int((ds.labels[split_of == split] == c).sum()) for c, name in enumerate(ds.class_names)}
         most = max(counts.values(), default=0)

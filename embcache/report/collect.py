@@ -11,7 +11,7 @@ from embcache.config import DatasetRef
 from embcache.data.classes import Column, column_values, columns
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.groups import may_name_people, overlap_notes
-from embcache.errors import EmbcacheError, StoreNotFoundError, UsageError
+from embcache.errors import EmbcacheError, ProtocolError, StoreNotFoundError, UsageError
 from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
 from embcache.probe.statistics import RESAMPLES
@@ -20,6 +20,7 @@ from embcache.results.advice import BackboneAdvice, advise_backbone, comparable,
 from embcache.results.compare import Comparison, Difference, Tested, compare_tested, difference, same_test
 from embcache.results.curves import by_task, named_curves
 from embcache.runs.folders import Result, list_results, list_unreadable, runs_dir
+from embcache.targets import Target
 
 HIDDEN = "a note that names patients or images is left out of this page; `embcache results` prints it"
 
@@ -48,6 +49,21 @@ class Task:
     def results(self) -> list[Result]:
         """All results, model by model."""
         return [result for members in self.models.values() for result in members]
+
+    @property
+    def of(self) -> Target:
+        """What is predicted."""
+        return self.results[0].task
+
+    def is_of(self, dataset: ImageDataset | None) -> bool:
+        """Whether the labels of the dataset are what is predicted, with its own classes."""
+        first = self.results[0]
+        changed = first.target or first.request.get("of", first.request).get("classes")
+        return dataset is not None and not changed and _family(self.of.kind) == _family(dataset.kind)
+
+
+def _family(kind: str) -> str:
+    return {"ordinal": "classes"}.get(kind, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,20 +155,34 @@ def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Par
     except EmbcacheError as error:
         problem = error.problem
     scored = results
-    if metrics:  # a leaderboard gave its own metric alone
-        found = [in_metric(result, metrics[0], home) for result in results]
-        scored = [r for r in found if r.metric == find_metric(metrics[0], len(r.class_names)).key]
+    if metrics:  # results of a target that it does not fit keep their own
+        fits = {result.id: _fits(metrics[0], result) for result in results}
+        if not any(fits.values()):
+            find_metric(metrics[0], results[0].task)
+        found = [in_metric(result, metrics[0], home) if fits[result.id] else result for result in results]
+        # A leaderboard gave its own metric alone.
+        scored = [r for r in found if not fits[r.id] or r.metric == find_metric(metrics[0], r.task).key]
     tasks, unreadable = make_tasks(scored, metrics[1:]), len(list_unreadable(home, name))
     return Part(name, dataset, read_from, problem, tuple(results), tuple(tasks), unreadable, home)
+
+
+def _fits(metric: str, result: Result) -> bool:
+    try:
+        return bool(find_metric(metric, result.task).key)
+    except ProtocolError:
+        return False
 
 
 def make_tasks(results: Sequence[Result], others: Sequence[str] = ()) -> list[Task]:
     """Scored results by dataset, target and metric, the labels first."""
     ordered = sorted(by_task(results).items(), key=lambda pair: (pair[0][1] != "", pair[0]))
     return [
-        Task(*key, models=named_curves(members), others=tuple(find_metric(name, len(key[3])).key for name in others))
+        Task(
+            *key, models=named_curves(members),
+            others=tuple(find_metric(name, members[0].task).key for name in others if _fits(name, members[0])),
+        )
         for key, members in ordered
-    ]
+    ]  # fmt: skip
 
 
 def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from embcache.cores import usable_cores
-from embcache.data.classes import target_words
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import EmbcacheError, ImageError, StoreError, StoreNotFoundError
 from embcache.figures.attention import run_attention
 from embcache.figures.maps import PERPLEXITY, cached_map, decimals, score_map
-from embcache.figures.shown import Shown, fused_features, shown_images
+from embcache.figures.shown import Colors, Shown, colors_of, fused_features, shown_images
 from embcache.io import keep_file
 from embcache.log import log
 from embcache.paths import slug
@@ -54,7 +54,9 @@ Rows = list[list[float]]
 
 def fused_run(results: Sequence[Result], choices: Sequence[Choice], heads: Sequence[str] = _ATTENDING) -> Result | None:
     """The fused run that is shown: dvme before others, of most training labels, best on validation."""
-    runs = [r for r in results if r.kind == "probe" and r.head in heads and not target_words(r.request)]
+    runs = [
+        r for r in results if r.kind == "probe" and r.head in heads and not r.target and not r.request.get("classes")
+    ]
     ranked = {rival.result.id for choice in choices for rival in choice.rivals}
     runs = [r for r in runs if r.id in ranked] or runs
     return max(runs, key=lambda r: (r.head == "dvme", r.n_train, merit(r.metric, r.val_mean)), default=None)
@@ -78,6 +80,8 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
     # In a seeded order, so that a point's number does not give away its place in the dataset.
     order = np.random.Generator(np.random.PCG64(_SEED)).permutation(len(shown.ids))
     shown = Shown([shown.ids[i] for i in order], shown.labels[order], [shown.groups[i] for i in order], shown.remark)
+    colors = colors_of(dataset.task, shown.labels)
+    classes, names = _in_classes(colors)
     features = {name: load_features(store, dataset, shown.ids).numpy() for name, store in stores.items()}
     inputs = [(name, "", x, {"recipe": stores[name].recipe.fingerprint}) for name, x in sorted(features.items())]
     fused = fused_run([r for r in part.results if set(r.backbones) <= set(features)], choices, _FUSED)
@@ -94,19 +98,29 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
     for label, remark, x, origin in inputs:
         log.info(f"{dataset.name}: t-SNE of {label}, {len(x):,} images")
         points = cached_map(folder, origin, shown.ids, x, "tsne", seed=_SEED, perplexity=PERPLEXITY)
-        found = score_map(x, points, shown.labels, shown.groups)
+        found = score_map(x, points, colors.values if colors.classes else None, shown.groups)
         maps.append({"xy": [[round(float(v), 2) for v in axis] for axis in points.T], "remark": remark})
         silhouette = "–" if found.silhouette is None else signed(found.silhouette, 3)
         numbers = (silhouette, decimals(found.knn_accuracy, 3), decimals(found.trustworthiness, 3))
         scores.append((label, f"{x.shape[1]:,}", *numbers, remark))
-    predicted = [_predictions(choice, shown.ids) for choice in reversed(choices)]
+    predicted = [_predictions(choice, shown.ids) for choice in reversed(choices) if colors.classes]
     headers = ("embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness of the map", "")
-    data = {"labels": shown.labels.tolist(), "classes": [*dataset.class_names], "maps": maps, "predicted": predicted}
+    data = {"labels": classes.tolist(), "classes": names, "maps": maps, "predicted": predicted}
     return {
         "shown": shown, "panels": [(label, remark) for label, remark, _, _ in inputs], "data": data, "notes": notes,
         "scores": Table("embeddings", "Scores of the embeddings", headers, tuple(scores)),
-        "by": [entry["by"] for entry in predicted],
+        "by": [entry["by"] for entry in predicted], "scored": colors.classes,
     }  # fmt: skip
+
+
+def _in_classes(colors: Colors) -> tuple[NDArray[np.int64], list[str]]:
+    """The classes that the points of a map have; of a number its fifths."""
+    if colors.values.dtype.kind != "f":
+        return colors.values, [*colors.names]
+    cuts = np.unique(np.quantile(colors.values, (0.2, 0.4, 0.6, 0.8), method="lower"))
+    ends = [f"{cut:.4g}" for cut in cuts]
+    names = [f"{colors.names[0]} up to {ends[0]}", *(f"{a} to {b}" for a, b in pairwise(ends)), f"above {ends[-1]}"]
+    return np.searchsorted(cuts, colors.values, side="left"), names
 
 
 def _stores(dataset: ImageDataset, part: Part) -> tuple[dict[str, FeatureStore], list[str]]:

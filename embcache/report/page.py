@@ -128,7 +128,7 @@ def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> di
         if not choices:
             _, unread = load_readable({r.id: r for r in task.results if rankable(r)}, part.home)
             problems += [f"{run}: {problem}" for run, problem in unread.items()]
-        of_labels = of_labels or ([] if task.target else choices)
+        of_labels = of_labels or (choices if task.is_of(part.dataset) else [])
         tasks.append(task_section(task, part, choices, f"{id}-t{number}", ids=ids, ref=ref))
     people = cohort(part, tasks[0]["choices"], ids=ids) if tasks else None
     problems += people.notes if people is not None else ()
@@ -164,6 +164,7 @@ def _dataset(part: Part, id: str, ref: DatasetRef, rows: str, budget: int) -> di
     return {
         "id": id,
         "name": part.name,
+        "dataset": part.dataset,
         "synthetic": any(result.synthetic for result in part.results),
         "read_from": part.read_from,
         "tasks": tasks,

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
+from embcache.data.groups import hash_order
 from embcache.errors import EmbcacheError
 from embcache.log import log
-from embcache.probe.metrics import confusion, find_metric, is_loss, metric_title, per_class_auc
+from embcache.probe.metrics import confusion, find_metric, has_order, is_loss, metric_title, per_class_auc
+from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import load_validation, training_notes
 from embcache.report.charts import SHOWN, Chart, Series, learning_curves, line_chart, paper_table
@@ -23,7 +26,15 @@ from embcache.report.collect import Choice, Part, Rival, Task, hidden_columns, s
 from embcache.results.advice import BackboneAdvice, advise_curve
 from embcache.results.compare import INTERVALS, SPEAKS_OF, Difference, Tested, subgroups
 from embcache.results.curves import curve_table
-from embcache.results.decisions import GRID, Value, against_rest, calibration, mean_curve, operating_points
+from embcache.results.decisions import (
+    GRID,
+    Value,
+    against_rest,
+    agreement_of,
+    calibration,
+    mean_curve,
+    operating_points,
+)
 from embcache.results.layout import Table, bounds, score, signed
 from embcache.runs.result import Estimate
 
@@ -35,6 +46,14 @@ _MOST_COLUMNS = 8  # of a dataset's table that make subgroups
 _MOST_CLASSES = 6  # of more than two whose calibration is shown: those of most test images
 _OTHERS = ("auc", "accuracy", "balanced_accuracy", "auprc", "f1", "mcc", "brier", "log_loss")
 """Metrics of the chosen model in addition to the one that chose it, where no others are named."""
+_OF_KIND: dict[str, Sequence[str]] = {
+    "findings": ("macro_auc", "micro_auc", "auprc", "micro_auprc", "balanced_accuracy", "f1", "brier"),
+    "number": ("mae", "rmse", "r2", "pearson", "spearman"),
+}
+_GRADES = ("kappa", "mae")
+_MOST_POINTS = 5_000  # of a chart of numbers
+
+Picture = tuple[Chart, str]  # with its caption
 
 
 def task_section(
@@ -61,7 +80,7 @@ def task_section(
         "paper": paper_table(task, part),
         "sizes": sizes,
         "subgroups": _subgroups(task, part, choices, ids, ref or DatasetRef()),
-        "charts": [curves, *(chart for size in sizes for chart in (size["roc"], size["decided"]["chart"]))],
+        "charts": [curves, *(chart for size in sizes for chart, _ in size["pictures"])],
     }
 
 
@@ -138,7 +157,7 @@ def _header(best: Rival, metric: str) -> str:
     """The metric, of which class, and for accuracy what always predicting the commonest class would reach."""
     majority = best.result.majority if metric == "accuracy" else None
     names = best.result.class_names
-    positive = best.result.positive if find_metric(metric, len(names)).asymmetric and len(names) == 2 else ""
+    positive = best.result.positive if find_metric(metric, best.result.task).asymmetric and len(names) == 2 else ""
     return metric_title(metric, positive) + ("" if majority is None else f" (always {majority[0]}: {majority[1]:.3f})")
 
 
@@ -171,25 +190,32 @@ def _size(task: Task, part: Part, choice: Choice, id: str) -> dict[str, Any]:
         apart = "; ".join(choice.apart)
         notes.append(f"Not ranked here, because trained, validated or tested on other images: {apart}.")
     notes += [f"Left out: {problem}." for problem in choice.problems]
-    counts = confusion(best.tested.labels, best.tested.predictions.ensemble().logits[0])
-    return {
+    made: dict[str, Any] = {"decided": {}, "confusion": []}
+    if task.of.kind == "number":
+        made |= {"pictures": _number_charts(best, id), "classes": None}
+    else:
+        decided = decide(best.tested, part.run_folder(best.result), f"{id}-calibration")
+        caption = f"Calibration of the ensemble of {best.name}: share observed over mean probability, in bins of equal "
+        caption += "numbers of images; the tooltip and the bins below have the numbers."
+        table = finding_table if task.of.kind == "findings" else class_table
+        made |= {"pictures": [_roc(task, choice, f"{id}-roc"), (decided["chart"], caption)], "decided": decided}
+        made["classes"] = table(best.tested, best.name)
+    if task.of.kind not in ("findings", "number"):
+        counts = confusion(best.tested.labels, best.tested.predictions.ensemble().logits[0])
+        # One row per true class: its name, and count and share of each predicted class.
+        made["confusion"] = [
+            (name, [(f"{n:,}", n / max(1, int(line.sum()))) for n in line.tolist()])
+            for name, line in zip(best.result.class_names, counts, strict=True)
+        ]
+    return made | {
         "title": size_words(choice),
         "choice": choice,
         "remarks": training_notes(best.result),
         "ranking": _ranking(task, choice),
         "ways": _ways(task, best),
         "others": _others(task, best),
-        "roc": _roc(task, choice, f"{id}-roc"),
-        "decided": decide(best.tested, part.run_folder(best.result), f"{id}-calibration"),
-        # One row per true class: its name, and count and share of each predicted class.
-        "confusion": [
-            (name, [(f"{n:,}", n / max(1, int(line.sum()))) for n in line.tolist()])
-            for name, line in zip(best.result.class_names, counts, strict=True)
-        ],
-        "classes": class_table(best.tested, best.name),
         "notes": notes,
         "chosen": best.name,
-        "positive": task.class_names[best.tested.predictions.positive] if len(task.class_names) == 2 else "",
     }
 
 
@@ -237,7 +263,7 @@ def _ways(task: Task, best: Rival) -> Table:
                 _NEW: bounds(e.new_model) or "–", _THESE: bounds(e.these_models) or e.why,
             })  # fmt: skip
     why = result.by_group.get("why")
-    mean = "by patient: the mean of the probabilities of a patient's images"
+    mean = f"by patient: {task.of.group_words}"
     notes = [f"not by patient: {why}" if why is not None else mean] if result.by_group else []
     return _table("ways", f"{best.name}: as a mean of models, and as what predict uses", rows, notes)
 
@@ -251,57 +277,126 @@ def _others(task: Task, best: Rival) -> Table:
     if "groups" in best.result.by_group:
         ways["by patient, ensemble"] = predictions.by_group().ensemble()
     usual = [{"auc": "macro_auc"}.get(m, m) if len(task.class_names) > 2 else m for m in _OTHERS]
-    rows = [
-        {"metric": _header(best, m), **{name: _estimated(p.estimate(m), why) for name, p in ways.items()}}
-        for m in task.others or usual
-        if m != task.metric
-    ]
-    notes = ("accuracy, F1 and MCC of the most probable class", INTERVALS, *why)
+    if len(usual) > 2 and len(task.class_names) > 2 and has_order(task.class_names):
+        usual = [*_GRADES, *usual]
+    known = best.result.baseline
+    rows = []
+    for m in task.others or _OF_KIND.get(task.of.kind, usual):
+        if m == task.metric and m not in known:
+            continue
+        row = {"metric": _header(best, m), **{name: _estimated(p.estimate(m), why) for name, p in ways.items()}}
+        if known:
+            value = known.get(m)
+            row["without features"] = "–" if value is None else signed(value, 3)
+        rows.append(row)
+    first = {
+        "number": "without features: the mean of the training images, always",
+        "findings": "means over findings, micro: all values as one set; F1 and balanced accuracy at P > 0.5; "
+        "without features: the shares in training",
+    }.get(task.of.kind, "accuracy, F1 and MCC of the most probable class")
+    grades = ["MAE: of the most probable grade, in grades"] * any(row["metric"] == "MAE" for row in rows)
+    notes = (first, *(grades if task.of.kind != "number" else ()), INTERVALS, *why)
     return _table("others", f"{best.name} by other metrics", rows, notes)
 
 
-def _roc(task: Task, choice: Choice, id: str) -> Chart:
-    """Of two classes the curves of models; of more those of the chosen model's classes, one against all others."""
+def _roc(task: Task, choice: Choice, id: str) -> Picture:
+    """Of two classes the curves of models; of more those of the chosen model's classes, or findings, each by itself."""
     best = choice.chosen
-    if len(task.class_names) == 2:
-        lines = [(r.name, r, best.tested.predictions.positive) for r in choice.rivals]
+    predictions, name = best.tested.predictions, best.name
+    lines: list[tuple[str, Rival, int, Predictions, int]] = []  # name, model, number, models and class of the curve
+    if task.of.kind == "findings":
+        for c, finding in enumerate(task.class_names):
+            if c not in task.of.absent(best.tested.labels):
+                lines.append((finding, best, c, predictions.finding(finding), 1))
+        alt = "ROC curves of the findings under the best model; the legend has the AUCs."
+        caption = f"ROC curves of {name}, each finding on the images of which it is known, mean over folds"
+    elif len(task.class_names) == 2:
+        c = predictions.positive
+        lines = [(r.name, r, c, r.tested.predictions, c) for r in choice.rivals]
         alt = f"ROC curves of {len(lines)} models, mean over folds; the legend has the AUCs."
+        caption = f"ROC curves of P({task.class_names[c]}), each model’s mean over folds"
     else:
-        lines = [(name, best, c) for c, name in enumerate(task.class_names) if (best.tested.labels == c).any()]
+        there = [c for c in range(len(task.class_names)) if (best.tested.labels == c).any()]
+        lines = [(task.class_names[c], best, c, predictions, c) for c in there]
         alt = "ROC curves of the classes under the best model, each against all others; the legend has the AUCs."
+        caption = f"ROC curves of {name}, each class against the rest, mean over folds"
     series = []
-    for place, (name, rival, of_class) in enumerate(lines):
-        mean, sd = mean_curve(rival.tested.labels, rival.tested.predictions.logits, of_class)
+    for place, (name, rival, of_class, models, c) in enumerate(lines):
+        mean, sd = mean_curve(models.labels, models.logits, c)
         aucs = [f.metrics["per_class_auc"][of_class] for f in rival.result.folds if f.metrics]
         parts = GRID, mean, (mean - sd).clip(0, 1), (mean + sd).clip(0, 1)
         x, y, low, high = (np.round(values, 5).tolist() for values in parts)
         label = f"{name} (AUC {sum(aucs) / len(aucs):.3f})"
         series.append(Series(label, x, y, low, high, points=False, shown=place < SHOWN))
     axes = ("false positive rate", "true positive rate")
-    return line_chart(id, series, alt=alt, axes=axes, square=True, digits=(2, 3))
+    chart = line_chart(id, series, alt=alt, axes=axes, square=True, digits=(2, 3))
+    return chart, f"{caption}; bands are ± one standard deviation over folds."
+
+
+def _number_charts(best: Rival, id: str) -> list[Picture]:
+    """Predicted over true numbers, and errors over predictions, of the chosen model's ensemble."""
+    one = best.tested.predictions.ensemble()
+    name, y, predicted = one.class_names[0], one.labels, one.p[0, :, 0]
+    mean, low, high = agreement_of(predicted - y)
+    spread = float(np.ptp(np.concatenate([y, predicted]))) or 1.0
+    places = min(6, max(0, 2 - math.floor(math.log10(spread))))
+    kept = np.arange(len(y))
+    if len(y) > _MOST_POINTS:
+        kept = np.sort(hash_order(0, "report", one.ids.tolist())[:_MOST_POINTS])
+    words = f" {len(kept):,} of {len(y):,} test images, drawn at random." if len(kept) < len(y) else ""
+
+    def points(*of: NDArray[np.float64]) -> Series:
+        x, z = (np.round(values[kept], places + 2).tolist() for values in of)
+        return Series("test images", x, z, line=False)
+
+    def level(label: str, ends: Sequence[float], at: Sequence[float]) -> Series:
+        return Series(label, list(ends), list(at), points=False, dashed=label != "mean")
+
+    true = [float(min(y.min(), predicted.min())), float(max(y.max(), predicted.max()))]
+    ends = [float(predicted.min()), float(predicted.max())]
+    scatter = [points(y, predicted), level("identity", true, true)]
+    lines = [("mean", mean), ("mean − 1.96 sd", low), ("mean + 1.96 sd", high)]
+    errors = [points(predicted, predicted - y), *(level(label, ends, [at, at]) for label, at in lines)]
+    shown = f"of {len(kept):,} test images"
+    limits = f"{signed(low, places)} to {signed(high, places)} (mean ± 1.96 sd, Bland and Altman)"
+    charts = [
+        line_chart(f"{id}-scatter", scatter, axes=("true", "predicted"), digits=(places, places),
+                   alt=f"Predicted over true numbers {shown}; on the identity they are right."),
+        line_chart(f"{id}-residual", errors, axes=("predicted", "error"), digits=(places, places),
+                   alt=f"Errors over predictions {shown}, with their mean and limits of agreement."),
+    ]  # fmt: skip
+    captions = [
+        f"{name}: predicted by the ensemble of {best.name} over true; on the line they are equal.{words}",
+        "Error, predicted − true, over predicted. Lines: the mean error of "
+        f"{signed(mean, places, plus=True)} and the limits of agreement, {limits}.",
+    ]
+    return [*zip(charts, captions, strict=True)]
 
 
 def decide(t: Tested, run: Path, id: str) -> dict[str, Any]:
     """Operating points and calibration of one result; ``run`` is its folder, ``id`` that of the chart."""
-    names, positive, why = t.result.class_names, t.predictions.positive, dict[str, None]()
-    of = [positive]
-    if len(names) > 2:
-        counts = np.bincount(t.labels, minlength=len(names))
+    names, positive, why, task = t.result.class_names, t.predictions.positive, dict[str, None](), t.predictions.task
+    of, findings = [positive], task.kind == "findings"
+    if len(names) > 2 or findings:
+        counts, absent = np.array(task.counts(t.labels)), task.absent(t.labels)
         of = sorted(np.argsort(-counts, kind="stable")[:_MOST_CLASSES].tolist())
-        of = [c for c in of if 0 < counts[c] < len(t.labels)]
-    found = {names[c]: calibration(against_rest(t.predictions, c)) for c in of}
+        of = [c for c in of if c not in absent and (findings or counts[c] < len(t.labels))]
+    two = {names[c]: t.predictions.finding(names[c]) if findings else against_rest(t.predictions, c) for c in of}
+    found = {name: calibration(one) for name, one in two.items()}
     bins = {name: each[-1].bins for name, each in found.items()}
     series = [
         Series(name, [round(b.predicted, 4) for b in own], [round(b.observed, 4) for b in own],
                counts=[b.images for b in own])
         for name, own in bins.items()
     ]  # fmt: skip
-    alt = "Reliability curves: the share of images of a class over its mean probability, in bins; on the diagonal "
+    with_it = "with a finding" if findings else "of a class"
+    alt = f"Reliability curves: the share of images {with_it} over its mean probability; on the diagonal "
     axes = ("mean probability", "share observed")
     chart = line_chart(id, series, axes=axes, square=True, digits=(3, 3), alt=alt + "probabilities are right.")
     rows = [
         {"probability": f"P({name})", "from – to": f"{b.low:.3f} to {b.high:.3f}", "mean": f"{b.predicted:.3f}",
-         "share observed": f"{b.observed:.3f}", "images": f"{b.images:,}", "of the class": f"{b.positives:,}"}
+         "share observed": f"{b.observed:.3f}", "images": f"{b.images:,}",
+         "with it" if findings else "of the class": f"{b.positives:,}"}
         for name, own in bins.items() for b in own
     ]  # fmt: skip
     calibrated = [
@@ -315,8 +410,11 @@ def decide(t: Tested, run: Path, id: str) -> dict[str, Any]:
         "intercept and slope: 95 % intervals for new patients, these models",
         *why,
     )
+    if findings and len(of) < len(names):
+        notes = (f"the {len(of)} findings of most test images", *notes)
+    one_positive = not findings and (len(names) == 2 or t.result.positive)
     return {
-        "points": _points(t, run, positive) if len(names) == 2 or t.result.positive else None,
+        "points": _points(t, run, positive) if one_positive else None,
         "calibration": _table("calibration", "Calibration", calibrated, notes),
         "bins": _table("bins", "Bins of the reliability curve", rows),
         "chart": chart,
@@ -361,6 +459,28 @@ def class_table(t: Tested, model: str) -> Table:
         })  # fmt: skip
     note = "means over fold models; sensitivity and PPV of the most probable class"
     return _table("classes", f"Classes under {model}", rows, [note])
+
+
+def finding_table(t: Tested, model: str) -> Table:
+    """Scores of every finding of a result, on the test images of which it is known; means over fold models."""
+    rows, absent = [], t.predictions.task.absent(t.labels)
+    for c, name in enumerate(t.result.class_names):
+        two = t.predictions.finding(name)
+        own = two.labels == 1
+        row = {"finding": name, "test images": f"{len(own):,}", "with it": f"{own.sum():,}",
+               "patients with it": f"{len(set(two.groups[own])):,}"}  # fmt: skip
+        for metric in ("auc", "auprc", "sensitivity", "specificity"):
+            title, value = metric_title(metric), "–"
+            if c not in absent:
+                e = two.estimate(metric)
+                words = f" ({e.why})" if e.interval is None and e.why else ""
+                value = _estimated(e, {}) + words
+            row[title] = value
+        rows.append(row)
+    lacking = ", ".join(t.result.class_names[c] for c in absent)
+    notes = [f"no test images with, or none without: {lacking}"] if absent else []
+    notes = ["mean ± sd over fold models; sensitivity and specificity at P > 0.5", INTERVALS, *notes]
+    return _table("classes", f"Findings under {model}", rows, notes)
 
 
 def _subgroups(task: Task, part: Part, choices: Sequence[Choice], ids: bool, ref: DatasetRef) -> Table | None:

@@ -1,4 +1,4 @@
-"""What one run's saved predictions show: one class against the rest as curves, operating points, calibration; mistakes.
+"""What one run's saved predictions show: one class against the rest as curves, operating points, calibration.
 
 Operating points are chosen on validation images and measured on the test set. The ensemble is the mean of the models'
 probabilities, which is what ``predict`` uses.
@@ -34,8 +34,6 @@ from embcache.probe.metrics import (
 from embcache.probe.predictions import Adjust, Adjustment, Predictions, all_estimates, row_weights
 from embcache.probe.statistics import RESAMPLES, estimate, sample, t_quantile
 from embcache.probe.summary import adjust_models, load_run_predictions, load_validation
-from embcache.results.compare import Tested
-from embcache.results.layout import csv_text
 from embcache.runs.result import Estimate, Result
 
 GRID = np.linspace(0, 1, 201)
@@ -159,6 +157,12 @@ def class_rates(predictions: Predictions, of_class: int, metric: str) -> Rates:
         predictions.class_names[of_class], int(own.sum()), len(np.unique(two.groups[own])), float(own.mean()), mean, sd,
         x, y, two.estimate(metric), one.estimate(metric),
     )  # fmt: skip
+
+
+def agreement_of(errors: FloatArray) -> tuple[float, float, float]:
+    """Mean of the errors of a number (n,), and the 95 % limits of agreement: mean ± 1.96 sd (Bland and Altman 1986)."""
+    mean, sd = float(errors.mean()), float(errors.std(ddof=1)) if len(errors) > 1 else math.nan
+    return mean, mean - 1.96 * sd, mean + 1.96 * sd
 
 
 # Operating points.
@@ -462,20 +466,6 @@ class Described:
         return data if self.findings else {key: value for key, value in data.items() if key != "findings"}
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """A test image whose class the ensemble, the mean of the models' probabilities, gets wrong."""
-
-    id: str
-    group: str
-    label: str
-    predicted: str
-    p_label: float
-    p_predicted: float
-    models_agree: int
-    models: int
-
-
 def describe(
     result: Result, folder: Path, *, metrics: Sequence[str] = (), positive: str | None = None, adjust: Adjust = Adjust()
 ) -> Described:
@@ -581,30 +571,3 @@ def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names
 def shares_in_words(model: Adjustment, names: Sequence[str]) -> str:
     """``a=0.1, b=0.9``: the prevalence that probabilities are adjusted to."""
     return ", ".join(f"{name}={share:.4g}" for name, share in zip(names, model.prevalence, strict=True))
-
-
-def find_mistakes(tested: Tested) -> list[Mistake]:
-    """Mistakes of a run's ensemble on its labeled test images, by falling log odds of the predicted class, then by ID.
-
-    Log odds order images whose probabilities are both 1 to the last digit.
-    """
-    predictions, names = tested.predictions, tested.result.class_names
-    logits = predictions.ensemble().logits[0]
-    p, called = softmax(logits), logits.argmax(1)
-    odds = log_odds(logits)[np.arange(len(called)), called]
-    agree = (predictions.logits.argmax(2) == called).sum(0)
-    rows = np.flatnonzero(called != predictions.labels)
-    return [
-        Mistake(
-            str(predictions.ids[row]), str(predictions.groups[row]), names[predictions.labels[row]], names[called[row]],
-            float(p[row, predictions.labels[row]]), float(p[row, called[row]]), int(agree[row]),
-            len(predictions.logits),
-        )
-        for row in sorted(rows, key=lambda row: (-odds[row], str(predictions.ids[row])))
-    ]  # fmt: skip
-
-
-def mistakes_csv(mistakes: Sequence[Mistake], *, groups: bool = False) -> str:
-    """One line per mistake; ``groups`` adds each image's group, which may name a patient."""
-    columns = [name for name in Mistake.__dataclass_fields__ if groups or name != "group"]
-    return csv_text(columns, ([vars(m)[name] for name in columns] for m in mistakes))

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from embcache.figures.neighbors import draw_mistakes
 from embcache.probe.predictions import Predictions
 from embcache.results.compare import Tested
-from embcache.results.decisions import find_mistakes, mistakes_csv
+from embcache.results.mistakes import find_mistakes, mistakes_csv
 from tests.probe.build import make_dataset
 from tests.results.build import make_result
 
@@ -54,7 +54,7 @@ def test_mistakes_whose_probability_is_1_to_the_last_digit_are_still_ordered() -
 def test_the_list_has_no_groups_unless_asked_and_no_formulas(tmp_path: Path) -> None:
     logits = np.array([[[0.0, 3.0], [0.0, 2.0]]])
     tested = make_tested(logits, [0, 0], ['=HYPERLINK("x")', "a,b\r"])
-    tested = replace(tested, result=replace(tested.result, class_names=("+normal", "mild")))
+    tested = replace(tested, predictions=replace(tested.predictions, class_names=("+normal", "mild")))
     found = find_mistakes(tested)
     path = tmp_path / "list.csv"
     path.write_text(mistakes_csv(found), "utf-8", newline="")
