@@ -351,7 +351,7 @@ def _judge_findings(
         return None, (), tuple(notes)
     weak = tuple(name for name, judge in judges.items() if judge.too_weak)
     if weak and len(weak) < len(judges):
-        notes.append(f"nothing is left out because of {', '.join(weak)}: the models are too weak to judge these")
+        notes.append(f"nothing is left out because of {', '.join(weak)}: the models are too weak")
     each = list(judges.values())
     judge = Judge(
         labels=sum(j.labels for j in each), test_labels=sum(j.test_labels for j in each),

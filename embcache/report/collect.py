@@ -155,10 +155,11 @@ def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Par
     except EmbcacheError as error:
         problem = error.problem
     scored = results
+    for metric in metrics:
+        if not any(_fits(metric, result) for result in results):
+            find_metric(metric, results[0].task)  # says why
     if metrics:  # results of a target that it does not fit keep their own
         fits = {result.id: _fits(metrics[0], result) for result in results}
-        if not any(fits.values()):
-            find_metric(metrics[0], results[0].task)
         found = [in_metric(result, metrics[0], home) if fits[result.id] else result for result in results]
         # A leaderboard gave its own metric alone.
         scored = [r for r in found if not fits[r.id] or r.metric == find_metric(metrics[0], r.task).key]
@@ -167,10 +168,14 @@ def _part(name: str, metrics: Sequence[str], home: Path, ref: DatasetRef) -> Par
 
 
 def _fits(metric: str, result: Result) -> bool:
+    """Whether a metric is of the kind of a result's target; other misfits are refused."""
     try:
-        return bool(find_metric(metric, result.task).key)
-    except ProtocolError:
+        find_metric(metric, result.task)
+    except ProtocolError as error:
+        if error.code != "metric-does-not-fit":
+            raise
         return False
+    return True
 
 
 def make_tasks(results: Sequence[Result], others: Sequence[str] = ()) -> list[Task]:

@@ -339,7 +339,7 @@ def _number_charts(best: Rival, id: str) -> list[Picture]:
     name, y, predicted = one.class_names[0], one.labels, one.p[0, :, 0]
     mean, low, high = agreement_of(predicted - y)
     spread = float(np.ptp(np.concatenate([y, predicted]))) or 1.0
-    places = min(6, max(0, 2 - math.floor(math.log10(spread))))
+    places = min(6, max(0, 3 - math.floor(math.log10(spread))))
     kept = np.arange(len(y))
     if len(y) > _MOST_POINTS:
         kept = np.sort(hash_order(0, "report", one.ids.tolist())[:_MOST_POINTS])
@@ -469,7 +469,7 @@ def finding_table(t: Tested, model: str) -> Table:
         own = two.labels == 1
         row = {"finding": name, "test images": f"{len(own):,}", "with it": f"{own.sum():,}",
                "patients with it": f"{len(set(two.groups[own])):,}"}  # fmt: skip
-        for metric in ("auc", "auprc", "sensitivity", "specificity"):
+        for metric in ("auc", "auprc"):
             title, value = metric_title(metric), "–"
             if c not in absent:
                 e = two.estimate(metric)
@@ -479,7 +479,7 @@ def finding_table(t: Tested, model: str) -> Table:
         rows.append(row)
     lacking = ", ".join(t.result.class_names[c] for c in absent)
     notes = [f"no test images with, or none without: {lacking}"] if absent else []
-    notes = ["mean ± sd over fold models; sensitivity and specificity at P > 0.5", INTERVALS, *notes]
+    notes = ["mean ± sd over fold models", INTERVALS, *notes]
     return _table("classes", f"Findings under {model}", rows, notes)
 
 

@@ -319,8 +319,7 @@ def published_logme(f: np.ndarray, y: np.ndarray) -> float:
     _, s, vh = np.linalg.svd(f, full_matrices=True)
     sigma = s**2
     evidences = []
-    for c in range(int(y.max()) + 1):
-        target = (y == c).astype(np.float64)
+    for target in [y] if y.dtype.kind == "f" else [(y == c).astype(np.float64) for c in range(int(y.max()) + 1)]:
         alpha, beta = 1.0, 1.0
         for _ in range(5000):
             gamma = (beta * sigma / (alpha + beta * sigma)).sum()
@@ -341,6 +340,16 @@ def published_logme(f: np.ndarray, y: np.ndarray) -> float:
 def test_logme_is_the_published_fixed_point(n: int, dim: int, n_classes: int) -> None:
     x, y = draw(n, dim, n_classes)
     assert logme(x, y) == pytest.approx(published_logme(x, y), rel=1e-5)
+
+
+def test_logme_of_numbers_and_findings_is_the_published_fixed_point() -> None:
+    x, y = draw(300, 20, 2)
+    number = x[:, 0] * 3.0 + np.random.default_rng(1).normal(size=300)
+    assert logme(x, number) == pytest.approx(published_logme(x, number), rel=1e-5)
+    findings = np.stack([y, np.arange(300) % 3 == 0, y], axis=1).astype(np.int64)
+    findings[:40, 2] = -1
+    each = [published_logme(x[of >= 0], of[of >= 0]) for of in findings.T]
+    assert logme(x, findings) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 @pytest.mark.parametrize(("n", "dim"), [(20, 60), (40, 8), (30, 30)])
