@@ -451,8 +451,8 @@ def audit(
     """Look for near-duplicates, likely label errors and outliers, and measure the effect of leaving them out.
 
     Audit needs cached features only, not the images. A label is a likely error where models that did not see the image
-    confidently disagree with it; each finding is judged by itself. Of a number (--target age), images are listed whose
-    value is far from what such models predict. Review the images before you trust either the label or the model.
+    confidently disagree with it; each finding is judged by itself. Of a number (--target age), images with a value far
+    from what such models predict are listed. Review the images before you trust either the label or the model.
 
     Example: embcache audit --dataset pneumonia --backbone effnet_lite0 --output exclude.csv
     """

@@ -14,7 +14,7 @@ N, TEST = 240, 80
 
 
 def make_study(home: Path, **planted: float) -> tuple[ImageDataset, np.ndarray]:
-    """A dataset of two classes with columns ``a``, ``b`` (findings), ``rare`` and ``age``, and its cached features.
+    """A dataset of two classes with columns ``a``, ``b``, ``rare`` (findings), ``age`` and its ``grade``, and its cached features.
 
     Two images are of one group. Features have a direction of each finding and of the number; ``planted`` sets the
     number of some images to another value, after the features are made.
@@ -33,6 +33,7 @@ def make_study(home: Path, **planted: float) -> tuple[ImageDataset, np.ndarray]:
     ds.table["a"], ds.table["b"] = a.astype(str), np.where(unknown, "", b.astype(str))
     rare = (np.arange(N) % 40 == 0) | (np.arange(N) >= N - 20)
     ds.table["rare"], ds.table["age"] = rare.astype(int).astype(str), age.astype(str)
+    ds.table["grade"] = np.digitize(age, [40, 50, 60]).astype(str)
     put_store(home, ds, "net", x)
     return ds, x
 
@@ -45,3 +46,8 @@ def findings_of(ds: ImageDataset, columns: str = "a,b,rare") -> ImageDataset:
 def number_of(ds: ImageDataset) -> ImageDataset:
     """The same images with the number as their target."""
     return retarget(ds, "age", "number")
+
+
+def grades_of(ds: ImageDataset) -> ImageDataset:
+    """The same images with ordered grades of the number as their target."""
+    return retarget(ds, "grade", "ordinal")

@@ -15,7 +15,7 @@ from embcache.report.cohort import unequal_classes
 from embcache.report.collect import choose, collect_parts
 from embcache.report.page import write_report
 from embcache.report.sections import finding_table, task_section
-from tests.figures.kinds import findings_of, make_study, number_of
+from tests.figures.kinds import findings_of, grades_of, make_study, number_of
 from tests.probe.build import put_store
 
 
@@ -69,6 +69,22 @@ def test_findings_and_numbers_have_the_scores_of_scikit_learn(study: tuple[Path,
     assert scores["R²"][2].startswith(f"{r2_score(y, numbers.mean(0)):.3f} (")
     assert scores["MAE"][-1] == f"{tested.result.baseline['mae']:.3f}"
     assert [chart.id for chart in section["charts"][1:3]] == ["t-1-scatter", "t-1-residual"]
+
+
+def test_grades_have_kappa_an_error_in_grades_and_a_confusion_in_their_order(tmp_path: Path) -> None:
+    ds, _ = make_study(tmp_path)
+    probe_features(grades_of(ds), ["net"], head="linear", subset="F", home=tmp_path, folds=3)
+    (part,) = collect_parts([], home=tmp_path)
+    choices = choose(part.tasks[0], part, resamples=50)
+    tested = choices[-1].chosen.tested
+    size = task_section(part.tasks[0], part, choices, "t")["sizes"][0]
+    scores = {row[0]: row for row in size["others"].rows}
+    y, called = tested.labels, tested.predictions.logits.argmax(2)
+    assert tested.predictions.task.kind == "ordinal"
+    assert part.tasks[0].metric == "kappa"
+    assert scores["MAE"][1].startswith(f"{np.mean([mean_absolute_error(y, of) for of in called]):.3f} ± ")
+    assert [name for name, _ in size["confusion"]] == ["0", "1", "2", "3"]
+    assert "MAE: of the most probable grade, in grades" in size["others"].notes
 
 
 def test_a_dataset_of_findings_or_of_a_number_has_a_map_of_its_own(tmp_path: Path) -> None:
