@@ -35,6 +35,7 @@ FEWEST_GROUPS = 5  # with fewer (of a class, for metrics that score each class) 
 LARGEST_OVERLAP = 0.9  # above it, models that share training rows say too little about a newly trained one
 NOTHING = 1e-24  # a variance that is rounding
 _LEAST, _VALUES = 200, 200_000_000  # resamples of large sets of findings; values of findings that are resampled in all
+_WIDEST = 50.0  # of half an interval on a log scale, so that R² of a few groups overflows nothing
 _BLOCK, _CELLS = 100, 20_000_000  # resamples drawn and scored at a time; weights of values that are held
 
 
@@ -287,7 +288,7 @@ def _first_interval(scores: Scores, v: float) -> tuple[float, float] | None:
         bound, sign = (low, 1.0) if math.isfinite(low) else (high, -1.0)  # from the bound that there is
         if v <= NOTHING or mean == bound:
             return None
-        half = sign * t * math.sqrt(v) / (mean - bound)
+        half = min(sign * t * math.sqrt(v) / (mean - bound), _WIDEST)
         return bound + (mean - bound) * math.exp(-half * sign), bound + (mean - bound) * math.exp(half * sign)
     share = (mean - low) / (high - low)
     if 0 < share < 1 and v > NOTHING:

@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from embcache.probe.metrics import METRICS, find_metric
+from embcache.probe.predictions import Predictions
 from embcache.probe.statistics import (
     BOOTSTRAP_SEED,
     TestSet,
@@ -26,6 +27,7 @@ from embcache.probe.statistics import (
 )
 from embcache.results.compare import compare_scores as compare
 from embcache.runs.result import Estimate
+from embcache.targets import make_target
 from tests.probe.patients import FEW, components, lesions, odds_of, patients, scored, width
 
 # --- the variance of an AUC
@@ -464,3 +466,15 @@ def test_intervals_of_ten_patients_a_class_cover_an_auc_of_095() -> None:
         assert found is not None
         covered += found[0] <= 0.95 <= found[1]
     assert covered >= 182  # 0.91; before, 0.79
+
+
+def test_an_r2_of_a_few_groups_has_an_interval_that_overflows_nothing() -> None:
+    y = np.array([50.0, 50.01, 49.99, 50.0, 50.0, 60.0])
+    ids = np.array([f"i{k}" for k in range(6)], dtype=object)
+    z = (y + np.random.default_rng(0).normal(size=(3, 6)))[..., None]
+    number = Predictions(ids, ids, y, z, ("age",), overlap=0.3, folds=3, target=make_target("number", ["age"]))
+    found = number.estimate("r2")
+    assert found.test_variance > 1e5
+    for low, high in (found.these_models, found.new_model):
+        assert np.isfinite(low)
+        assert low < found.mean < high <= 1
