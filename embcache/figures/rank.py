@@ -305,21 +305,22 @@ def logme(x: NDArray[np.floating], y: NDArray[Any]) -> float:
 
     A number is regressed itself; for each class, and for each finding and its absence where it is known, 0/1 targets.
     The prior is Gaussian with precision α, the noise has precision β; the log evidence per image, at the α and β that
-    maximize it, is averaged over classes, and over findings. The authors iterate a fixed point; here β is solved for
-    and λ = α/β searched, which finds the same maximum also where there are fewer images than features and the iteration
-    breaks down.
+    maximize it, is averaged over classes, and over findings that occur. The authors iterate a fixed point; here
+    β is solved for and λ = α/β searched, which finds the same maximum also where there are fewer images than features
+    and the iteration breaks down.
 
     Shapes: x (n, D); y (n,) classes or numbers in floats, or (n, L) findings, −1 unknown.
     """
     X, y = np.asarray(x, dtype=np.float64), np.asarray(y)
     if y.ndim == 1:
         return _evidence(X, y[:, None] if y.dtype.kind == "f" else (y[:, None] == np.unique(y)).astype(np.float64))
+    y = y[:, [{0, 1} <= set(of) for of in y.T.tolist()]]
     patterns, of = np.unique(y >= 0, axis=1, return_inverse=True)  # findings that are known alike share a spectrum
     values = []
     for number, rows in enumerate(patterns.T):
         present = y[rows][:, of.reshape(-1) == number]
         values += [_evidence(X[rows], np.hstack([present == v for v in (0, 1)]).astype(np.float64))] * present.shape[1]
-    return float(np.mean(values))
+    return float(np.mean(values)) if values else nan
 
 
 def _evidence(X: Array, targets: Array) -> float:

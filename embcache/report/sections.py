@@ -487,7 +487,8 @@ def _subgroups(task: Task, part: Part, choices: Sequence[Choice], ids: bool, ref
     if part.dataset is None or not choices:
         return None
     best, notes = choices[-1].chosen, hidden_columns(part.dataset)
-    names = [c.name for c in shown_columns(part.dataset, secret_words(part, ids=ids)) if len(c.values) > 1]
+    shown, own = shown_columns(part.dataset, secret_words(part, ids=ids)), best.result.target.split(", ")
+    names = [c.name for c in shown if len(c.values) > 1 and c.name not in own]
     if not names:
         return None
     if len(names) > _MOST_COLUMNS:

@@ -14,7 +14,7 @@ N, TEST = 240, 80
 
 
 def make_study(home: Path, **planted: float) -> tuple[ImageDataset, np.ndarray]:
-    """A dataset of two classes with columns ``a``, ``b``, ``rare`` (findings), ``age`` and its ``grade``, and its cached features.
+    """A dataset of two classes with columns ``a``, ``b``, ``rare`` (findings), ``age``, ``grade``, and features.
 
     Two images are of one group. Features have a direction of each finding and of the number; ``planted`` sets the
     number of some images to another value, after the features are made.

@@ -350,6 +350,8 @@ def test_logme_of_numbers_and_findings_is_the_published_fixed_point() -> None:
     findings[:40, 2] = -1
     each = [published_logme(x[of >= 0], of[of >= 0]) for of in findings.T]
     assert logme(x, findings) == pytest.approx(np.mean(each), rel=1e-5)
+    assert logme(x, np.column_stack([findings, np.zeros(300, dtype=np.int64)])) == logme(x, findings)
+    assert np.isnan(logme(x, np.zeros((300, 2), dtype=np.int64)))
 
 
 @pytest.mark.parametrize(("n", "dim"), [(20, 60), (40, 8), (30, 30)])
