@@ -380,7 +380,7 @@ def _print_attention(found: RunAttention) -> None:
     echo("\nshare of attention, from a row's tokens to a column's: mean ± sd over folds")
     print_mass(found.mass, found.mass_std)
     for label, mass in found.by_class.items():
-        echo(f"\n{label} alone")
+        echo(f"\nimages with {label}" if r.task.kind == "findings" else f"\n{label} alone")
         print_mass(mass)
     spread = f" ± {found.entropy_std:.4f}" if found.folds > 1 else ""
     echo(f"\nentropy: {found.entropy:.4f}{spread} of log N; 1 is attention that makes no difference")

@@ -98,5 +98,7 @@ def test_a_dataset_of_findings_or_of_a_number_has_a_map_of_its_own(tmp_path: Pat
         text = done.path.read_text("utf-8")
         assert ("age up to" in text) == (kind is number_of)
         (part,) = collect_parts([], home=home)
+        words = "fifths of its values" if kind is number_of else "stratified by findings"
+        assert words in text
         lines = unequal_classes(part)
         assert lines == (["fewer than 5 test patients have rare (2)"] if kind is findings_of else [])
