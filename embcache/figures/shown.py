@@ -164,11 +164,11 @@ def colors_of(task: Target, y: NDArray[Any], positive: str | None = None) -> Col
         there = bool((of < 0).any())
         return Colors(np.where(of < 0, 2, of), (f"no {positive}", positive, *["not known"] * there), classes=not there)
     most = np.argsort(-(y == 1).sum(0), kind="stable")[:MOST_FINDINGS]
-    names = [task.names[c] for c in most]
-    own, several, other, none = y[:, most] == 1, len(names), len(names) + 1, len(names) + 2
-    has = (y == 1).sum(1)
-    values = np.where(has > 1, several, np.where(own.any(1), own.argmax(1), np.where(has == 1, other, none)))
-    return Colors(values, (*names, "several findings", "another finding", "none of them known to be present"), False)
+    names = [*(task.names[c] for c in most), "several findings", "none of them known to be present"]
+    names += ["another finding"] * (len(most) < len(task.names))
+    own, has, several = y[:, most] == 1, (y == 1).sum(1), len(most)
+    alone = np.where(own.any(1), own.argmax(1), several + 2)
+    return Colors(np.select([has > 1, has == 0], [several, several + 1], alone), tuple(names), classes=False)
 
 
 def check_dataset(result: Result, ds: ImageDataset) -> None:

@@ -105,7 +105,13 @@ def make_map(part: Part, choices: Sequence[Choice], *, rows: str = "test", most:
         scores.append((label, f"{x.shape[1]:,}", *numbers, remark))
     predicted = [_predictions(choice, shown.ids) for choice in reversed(choices) if colors.classes]
     headers = ("embedding", "dimensions", "silhouette", "k-NN accuracy", "trustworthiness of the map", "")
-    data = {"labels": classes.tolist(), "classes": names, "maps": maps, "predicted": predicted}
+    data = {
+        "labels": classes.tolist(),
+        "classes": names,
+        "noun": dataset.task.noun,
+        "maps": maps,
+        "predicted": predicted,
+    }
     return {
         "shown": shown, "panels": [(label, remark) for label, remark, _, _ in inputs], "data": data, "notes": notes,
         "scores": Table("embeddings", "Scores of the embeddings", headers, tuple(scores)),

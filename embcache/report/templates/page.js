@@ -229,7 +229,7 @@
       return box;
     }
     facts(k) {
-      const rows = [[this.data.ids ? "ID" : "number", this.data.ids ? this.name(k) : String(k + 1)], ["class", this.className(this.data.labels[k])]];
+      const rows = [[this.data.ids ? "ID" : "number", this.data.ids ? this.name(k) : String(k + 1)], [this.data.noun, this.className(this.data.labels[k])]];
       if (this.by) {
         const guess = this.predicted(k);
         rows.push(["predicted", guess < 0 ? "not in the test set" : `${this.className(guess)} (${number(this.probability(k), 2)})`]);
