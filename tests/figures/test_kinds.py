@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from scipy.stats import median_abs_deviation
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler, normalize
+from typer.testing import CliRunner
 
+from embcache.cli import app
+from embcache.data.classes import retarget
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.figures.attention import run_attention
@@ -190,3 +194,31 @@ def test_attention_is_of_the_images_with_each_finding(study) -> None:
         found = run_attention(of, result, runs_dir(of.name, home) / result.id, home=home)
         assert set(found.by_class) == parts
         assert found.mass.sum(1) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("target", "task"), [("age", "number"), ("a,b", "findings")])
+def test_every_command_takes_a_number_and_findings(study, target: str, task: str, tmp_path: Path) -> None:
+    _, ds, x = study
+    own, number = tmp_path / "home", task == "number"
+    how = ["--dataset", ds.name, "--target", target, "--task", task, "--home", str(own)]
+    put_store(own, ds, "net", x)
+    result = probe_features(retarget(ds, target, task), ["net"], head="ridge", subset="F", home=own, folds=3)
+    at = ["--home", str(own), "--output"]
+    words = {
+        "audit": (["audit", *how], "numbers far from what is predicted of age" if number else "likely label"),
+        "rank": (["rank", *how], "LogME, k-NN"),
+        "tsne": (["tsne", *how, "--method", "pca", "--output", str(tmp_path / "m.png")], "trustworthiness"),
+        "neighbors": (["neighbors", *how, "--image", "i3", "--output", str(tmp_path / "n.png")], "nearest to i3"),
+        "errors": (
+            ["errors", result.id, *at, str(tmp_path / "e.csv")],
+            "largest" if number else "findings wrong",
+        ),
+        "plot": (["plot", result.id, *at, str(tmp_path / "p.png")], "R²" if number else "AUC"),
+    }
+    for name, (argv, said) in words.items():
+        done = CliRunner().invoke(app, argv)
+        assert done.exit_code == 0, f"{name}: {done.output}"
+        assert said in done.output, f"{name}: {done.output}"
+        data = CliRunner().invoke(app, [*argv, "--json", str(tmp_path / f"{name}.json")])
+        assert data.exit_code == 0, f"{name}: {data.output}"
+        assert json.loads((tmp_path / f"{name}.json").read_text())
