@@ -37,7 +37,6 @@ def probe_features(
     head: object = None,
     subset: str | int = "S",
     target: str | None = None,
-    task: str | None = None,
     home: PathLike | None = None,
     config: ProbeConfig | None = None,
     progress: Progress | None = None,
@@ -60,12 +59,12 @@ def probe_features(
         ``"S"``, ``"M"``, ``"F"``, or a number of training images.
     target : str, optional
         Column of the dataset's table to predict instead of its labels; several, with commas, are findings.
-    task : {"classes", "ordinal", "findings", "number"}, optional
-        What is predicted; see `embcache.data.classes.retarget`.
     home : path, optional
         Folder of stores and runs. Default: ``$EMBCACHE_HOME`` or ``~/.cache/embcache``.
     config, **options
-        A `embcache.config.ProbeConfig`, and fields that take the place of its own; None leaves one as it is.
+        A `embcache.config.ProbeConfig`, and fields that take the place of its own; None leaves one as it is. With
+        ``task`` the target is one of ``classes``, ``ordinal``, ``findings`` and ``number``; see
+        `embcache.data.classes.retarget`.
     progress : callable, optional
         See `Progress`.
 
@@ -81,7 +80,7 @@ def probe_features(
     ProtocolError
         The data cannot carry the folds, the subset or the metric; or training diverged in every fold.
     """
-    dataset = named_dataset(dataset, home)
+    dataset, task = named_dataset(dataset, home), options.pop("task", None)
     if isinstance(head, str):
         options["head"], head = head, None
     names = [backbones] if isinstance(backbones, str) else list(backbones)
