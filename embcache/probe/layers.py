@@ -60,10 +60,12 @@ class _Affine(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (out,) = gradients
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        # Of one output bmm sums in an order that depends on the number of heads, so zeros go beside it.
+        wide = F.pad(out, (0, 1)) if out.shape[-1] == 1 else out
         with plain_arithmetic(x):
             return (
                 torch.bmm(out, weight) if of_x else None,
-                torch.bmm(out.transpose(1, 2).contiguous(), x) if of_weight else None,
+                torch.bmm(wide.transpose(1, 2).contiguous(), x)[:, : out.shape[-1]] if of_weight else None,
                 out.sum(1) if of_bias else None,
             )
 

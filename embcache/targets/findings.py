@@ -104,11 +104,11 @@ class Findings(Target):
         """The sum over known findings divided by L, so that each known value counts alike."""
         import torch.nn.functional as F
 
-        weights = params["target.positive"][:, None] if "target.positive" in params else None
-        known = y >= 0
-        present = (y == 1).to(out.dtype)
-        each = F.binary_cross_entropy_with_logits(out, present, reduction="none", pos_weight=weights)
-        return (each * known).sum(-1) / y.shape[-1]
+        # torch's function of this name has a gradient whose last bit depends on how many heads are trained together.
+        present, absent = F.logsigmoid(out) * (y == 1), F.logsigmoid(-out) * (y == 0)
+        if "target.positive" in params:
+            present = present * params["target.positive"][:, None]
+        return -(present + absent).sum(-1) / y.shape[-1]
 
     def predicted(self, logits: NDArray[Any]) -> FloatArray:
         """Probability of each finding."""

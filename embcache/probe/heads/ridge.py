@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embcache.cores import threads_for
 from embcache.errors import ProtocolError, check_number
+from embcache.probe.heads.solved import ABSENT
 from embcache.probe.layers import Params, Tensors, affine, standard_params, standardize
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.stack import ClosedFormHead, Solution
@@ -69,7 +70,9 @@ class Ridge(ClosedFormHead):
             value = scorer(metric, y_val.cpu().numpy(), target_of(values, n_classes))
             scores = [value(scale * (held @ w + b)) for w, b in zip(weights, biases, strict=True)]
             best = int(np.argmax(scores))  # the first of equals, and alphas descend
-        weight, bias = (torch.from_numpy(scale * a[best].T).to(features) for a in (weights, biases))
+        if values.ndim == 1 and values.dtype.kind == "i":  # no image is called what none was trained on
+            biases[:, np.bincount(values, minlength=n_classes) == 0] = ABSENT
+        weight, bias = (torch.tensor(scale * a[best].T).to(features).contiguous() for a in (weights, biases))
         return Solution({**params, "classifier.weight": weight, "classifier.bias": bias}, {"alpha": alphas[best]})
 
     def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:

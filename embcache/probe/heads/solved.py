@@ -25,7 +25,7 @@ from embcache.targets import target_of
 from embcache.targets.labels import is_balanced
 
 _FLOOR = 1e-12  # of a probability, so that its logarithm is finite
-_ABSENT = -1e4  # logit of a class that no training image has: probability 0
+ABSENT = -1e4  # logit of a class that no training image has: probability 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class LogReg(ClosedFormHead):
                 warnings.simplefilter("ignore", ConvergenceWarning)  # recorded in `chosen` instead
                 model.fit(reduced, y)
             coefficients = model.coef_ if basis is None else model.coef_ @ basis.T
-            weights, bias = np.zeros((n_classes, coefficients.shape[1])), np.full(n_classes, _ABSENT)
+            weights, bias = np.zeros((n_classes, coefficients.shape[1])), np.full(n_classes, ABSENT)
             if len(model.classes_) == 2:  # scikit-learn gives the log odds of the second class
                 weights[model.classes_[1]] = coefficients[0]
                 bias[model.classes_] = [0.0, float(model.intercept_[0])]
