@@ -19,7 +19,7 @@ from sklearn.svm import LinearSVC
 from embcache.errors import UsageError
 from embcache.probe.heads import find_head, heads, identify, make_head
 from embcache.probe.layers import Params, affine, init_linear
-from embcache.probe.metrics import METRICS, Metric
+from embcache.probe.metrics import METRICS, OTHERS, Metric
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Head, TrainedHead
 from embcache.testing import check_head, check_metric
@@ -101,9 +101,9 @@ def test_what_breaks_the_contract_is_named() -> None:
         find_head(7)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [*METRICS, *OTHERS])
 def test_metrics_of_this_package(name: str) -> None:
-    check_metric(METRICS[name] if METRICS[name].binary else name)
+    check_metric(name)
 
 
 def test_a_metric_whose_direction_is_wrong_is_refused() -> None:
