@@ -37,7 +37,7 @@ from embcache.targets.findings import (
     read_list,
     separator_of,
 )
-from embcache.targets.number import MAX_AGE, is_age, read_numbers
+from embcache.targets.number import MAX_AGE, as_number, is_age, read_numbers
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -474,7 +474,7 @@ def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtfu
             and {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN)
         ):
             values = [text or "No finding" for text in values] if doubtful[1] == "zero" else values
-            names, y, notes = read_list(name, values, separator)
+            names, y, notes = read_list(name, values, separator, where=where)
             return _as_columns(ds, names, y, notes)
     y, notes = read_columns(texts, *doubtful, where=where)
     return _as_columns(ds, tuple(texts), y, notes)
@@ -555,7 +555,7 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
 def _numbers(texts: Sequence[str]) -> NDArray[np.float64] | None:
     """The texts as numbers, NaN where empty; None unless every one that is not empty is a finite number."""
     try:
-        numbers = np.array([float(text) if text else math.nan for text in texts], dtype=np.float64)
+        numbers = np.array([as_number(text) for text in texts], dtype=np.float64)
     except ValueError:
         return None
     return None if np.isinf(numbers).any() else numbers

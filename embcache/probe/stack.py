@@ -463,9 +463,9 @@ def fit(
     ValueError
         No backbone, no rows, or lengths that differ.
     """
-    labels = np.asarray(y) if target is not None else np.asarray(y, dtype=np.int64)
-    of = target or as_target(int(labels.max(initial=0)) + 1)
+    of = target or as_target(int(np.max(y, initial=0)) + 1)
     val_labels = of.blank(0)
+    labels = np.asarray(y, dtype=val_labels.dtype)
     features = _tensors(x)
     n = len(labels)
     if x_val is not None:

@@ -182,17 +182,29 @@ def separator_of(texts: Sequence[str]) -> str:
         several = [parts for parts in split if len(parts) > 1]
         alone = {parts[0] for parts in split if len(parts) == 1}
         parts = [part for one in several for part in one]
+        if s not in "|;" and all(part.isdecimal() for part in parts):
+            continue  # dates, and decimals with a comma
         recur = sum(part in alone or parts.count(part) > 1 for part in set(parts))
         if several and all(parts) and recur > len(set(parts)) / 2 and len(several) > most:
             best, most = s, len(several)
     return best
 
 
-def read_list(name: str, texts: Sequence[str], separator: str) -> tuple[tuple[str, ...], IntArray, list[str]]:
+def read_list(
+    name: str, texts: Sequence[str], separator: str, *, where: object = None
+) -> tuple[tuple[str, ...], IntArray, list[str]]:
     """Names and values (n, L) of one column that lists the findings of each image, and notes."""
     listed = [[part.strip() for part in text.split(separator)] if separator else [text.strip()] for text in texts]
     every = sorted({part for parts in listed for part in parts if part.casefold() not in UNKNOWN | NOTHING})
     number = {part: column for column, part in enumerate(every)}
+    spelled: dict[str, list[str]] = {}
+    for part in every:
+        spelled.setdefault(part.casefold(), []).append(part)
+    if alike := [parts for parts in spelled.values() if len(parts) > 1]:
+        raise DatasetError(
+            "findings differ only in letter case", code="classes-differ-in-case", expected="one spelling per finding",
+            found="; ".join(", ".join(parts) for parts in alike), where=where, fix=f"correct the column {name!r}",
+        )  # fmt: skip
     y = np.zeros((len(texts), len(every)), dtype=np.int64)
     nothing = set[str]()
     for row, parts in enumerate(listed):

@@ -70,9 +70,10 @@ class Number(Target):
     def strata(self, y: NDArray[Any], rows: IntArray, least: int = 1) -> IntArray:
         """Fifths of the values at ``rows``, fewer where values are equal or there are few."""
         basis = np.sort(y[rows][self.known(y[rows])])
-        found = np.where(self.known(y), 0, -1)
+        found, below = np.where(self.known(y), 0, -1), basis[basis < basis[-1:]].max(initial=-np.inf)
         for parts in range(PARTS, 1, -1) if len(basis) else ():
-            cuts = np.unique(basis[[len(basis) * k // parts - 1 for k in range(1, parts) if len(basis) * k >= parts]])
+            ends = basis[[len(basis) * k // parts - 1 for k in range(1, parts) if len(basis) * k >= parts]]
+            cuts = np.unique(np.minimum(ends, below))  # something is above the last
             of = np.searchsorted(cuts, basis, side="left")
             if len(cuts) and np.bincount(of, minlength=len(cuts) + 1).min() >= least:
                 return np.where(self.known(y), np.searchsorted(cuts, y, side="left"), -1)
@@ -130,7 +131,7 @@ def read_numbers(name: str, texts: Sequence[str], *, where: object = None) -> tu
     y, wrong = np.full(len(texts), np.nan), list[str]()
     for row, text in enumerate(texts):
         try:
-            y[row] = float(text) if text else np.nan
+            y[row] = as_number(text)
         except ValueError:
             wrong.append(text)
     wrong += [text for text, value in zip(texts, y.tolist(), strict=True) if math.isinf(value)]
@@ -145,6 +146,11 @@ def read_numbers(name: str, texts: Sequence[str], *, where: object = None) -> tu
         y[impossible] = np.nan
         notes.append(f"{impossible.sum():,} images have no {name}: theirs is below 0 or above {MAX_AGE:g}")
     return y, notes
+
+
+def as_number(text: str) -> float:
+    """A cell as a number, NaN where it is empty; a ValueError where it is none. Python would read 1_000 too."""
+    return float(text.replace("_", "x")) if text else math.nan
 
 
 def is_age(name: str) -> bool:
