@@ -177,7 +177,7 @@ def _over_findings(form: Form) -> Form:
             if len(np.unique(value[known])) == 2:
                 two = np.stack([np.zeros(len(known)), odds[known]], axis=1)
                 parts.append((known, form(value[known], two, 1)))
-        return lambda w: _mean_of_known(np.stack([part(w[:, known]) for known, part in parts]), 0)
+        return lambda w: _mean_of_known(np.stack([np.full(len(w), np.nan), *(p(w[:, k]) for k, p in parts)]), 0)
 
     return over
 
