@@ -119,7 +119,7 @@ class LogReg(ClosedFormHead):
             return np.asarray(standardize(stacked, backbone, part[None])[0].cpu().double().numpy())
 
         labels, train = y.cpu().numpy(), rows(features)
-        present = len(np.unique(labels))
+        present = min(len(np.unique(of[of >= 0])) for of in np.atleast_2d(labels.T))
         if present < 2 or not np.isfinite(train).all():
             raise ProtocolError(
                 "logistic regression cannot be solved", code="features-not-finite" if present > 1 else "one-class",
