@@ -201,9 +201,8 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     path = run / f"{name}.parquet"
     try:
         table: pd.DataFrame = open_parquet(read_regular(run_file(run, path.name)))[1].to_pandas()
-        content = _content(run)
-        kind = content["request"].get("task", {}).get("kind", "classes")
-        _check_predictions(table, len(content["class_names"]), len(content["folds"]), kind)
+        result = load_result(run)
+        _check_predictions(table, len(result.class_names), len(result.folds), result.task.kind)
         return table
     except (pa.ArrowException, ValueError, OSError) as error:
         raise _bad_file(path, error) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embcache.errors import DatasetError, first_few
+from embcache.errors import DatasetError, UsageError, first_few
 from embcache.targets.target import BoolArray, FloatArray, IntArray, Target, refuse_part
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class Number(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(self.names) != 1:
+            raise UsageError(
+                "a number has one name", code="target-columns", found=first_few(self.names), expected="one"
+            )
         object.__setattr__(self, "columns", self.columns or self.names)
 
     def values(self, table: pd.DataFrame) -> FloatArray:

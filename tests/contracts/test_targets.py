@@ -60,9 +60,11 @@ def test_unknown_kinds_and_losses_are_refused() -> None:
     for name in ("survival", "embcache.targets.number:Number", "json:dumps", ""):
         with refused(UsageError, "unknown-target"):
             make_target(name, ("a",))
+    with refused(UsageError, "target-columns"):
+        make_target("number", ("a", "b"))
     for kind in targets:
         with refused(UsageError, "option-choice"):
-            make_target(kind, ("a", "b"), (), "focal")
+            make_target(kind, CASES[kind][0], (), "focal")
 
 
 def test_what_values_look_like() -> None:
@@ -73,7 +75,7 @@ def test_what_values_look_like() -> None:
 
 
 def test_softmax_alone_is_not_declared() -> None:
-    assert {(kind, loss) for kind, loss in ALL if not declared(make_target(kind, ("0", "1"), (), loss))} == {
+    assert {(kind, loss) for kind, loss in ALL if not declared(make_target(kind, CASES[kind][0], (), loss))} == {
         ("classes", "softmax"),
         ("ordinal", "softmax"),
     }
