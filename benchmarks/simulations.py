@@ -17,6 +17,7 @@ from worlds import Array, Drawn, World
 from embcache.probe.metrics import find_metric, metric_title
 from embcache.probe.statistics import Scores, TestSet, estimate, sample
 from embcache.results.compare import compare_scores as compare
+from embcache.targets import as_target
 
 RESAMPLES = 500
 OLD = 300  # repetitions and resamples of the old method at most: it takes ten times as long
@@ -80,6 +81,17 @@ def intervals() -> Iterator[Cell]:
         world = worlds.two_classes(10, 10, 0.99)
         yield Cell("others", "two classes, 10 + 10 patients, AUC 0.99", metric, world, None, many)
 
+    for n, prevalences in ((400, (0.3, 0.1, 0.05)), (100, (0.3, 0.1, 0.1)), (200, (0.5, 0.1) * 7)):
+        many = worlds.findings(100_000, prevalences, models=2)
+        title = f"{len(prevalences)} findings, {n} patients, {min(prevalences):.0%} to {max(prevalences):.0%}"
+        for metric in ("macro_auc", "micro_auc", "auprc"):
+            yield Cell("targets", title, metric, worlds.findings(n, prevalences), None, many)
+    for n, traits in ((400, {}), (100, {}), (25, {}), (200, {"skewed": True}), (100, {"bias": 2.0})):
+        many = worlds.numbers(200_000, models=2, **traits)
+        title = f"numbers, {n} patients{''.join(f', {name}' for name in traits)}"
+        for metric in ("mae", "rmse", "r2", "pearson", "spearman"):
+            yield Cell("targets", title, metric, worlds.numbers(n, **traits), None, many)
+
 
 def pairs() -> Iterator[Cell]:
     for p, n, auc in ((100, 100, 0.9), (30, 30, 0.9), (10, 10, 0.9), (10, 10, 0.99), (10, 190, 0.9)):
@@ -128,9 +140,9 @@ def old_p(drawn: Drawn, metric: str) -> float:
 
 
 def scored(drawn: Drawn, metric: str, logits: Array) -> Scores:
-    names = tuple(map(str, range(logits.shape[-1])))
-    test = TestSet(drawn.labels, drawn.groups, names)
-    return sample(find_metric(metric, len(names)), test, logits, resamples=RESAMPLES)
+    target = drawn.target or as_target(logits.shape[-1])
+    test = TestSet(drawn.labels, drawn.groups, target.names, target=drawn.target)
+    return sample(find_metric(metric, target), test, logits, resamples=RESAMPLES)
 
 
 @dataclass
@@ -166,7 +178,7 @@ def truth_of(cell: Cell) -> float | None:
     if cell.population is None:
         return cell.truth
     drawn = cell.population(np.random.default_rng(1))
-    form = find_metric(cell.metric, drawn.logits.shape[-1]).form
+    form = find_metric(cell.metric, drawn.target or drawn.logits.shape[-1]).form
     once = np.ones((1, len(drawn.labels)))
     return float(np.mean([form(drawn.labels, z, 1)(once)[0] for z in drawn.logits]))
 
@@ -176,7 +188,7 @@ def covered(cell: Cell, repetitions: int) -> list[str]:
     assert truth is not None
     for number in range(repetitions):
         drawn = cell.world(rng)
-        if number < OLD:
+        if number < OLD and drawn.target is None:
             before.add(old_interval(drawn, cell.metric), truth)
         after.add(estimate(scored(drawn, cell.metric, drawn.logits)).these_models, truth)
     refused = f"{after.refused / repetitions:.3f}"
@@ -236,7 +248,7 @@ def main(description: str | None) -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=2000, help=f"of a cell; at most {TRAINED} with heads")
-    parser.add_argument("--only", default="auc,kappa,macro,others,fixed,heads,new", help="sections, by commas")
+    parser.add_argument("--only", default="auc,kappa,macro,others,targets,fixed,heads,new", help="sections, by commas")
     asked = parser.parse_args()
     began = time.process_time()
     for title, header, cells, measure in TABLES:

@@ -4,7 +4,7 @@
 is `embcache.probe.statistics`. `worlds.py` has the worlds and `simulations.py` the rest: this file's name hides the
 standard library's module from the other scripts of this folder, so it hands that module over.
 
-    python benchmarks/statistics.py [--repetitions 2000] [--only auc,kappa,macro,others,fixed,heads,new]
+    python benchmarks/statistics.py [--repetitions 2000] [--only auc,kappa,macro,others,targets,fixed,heads,new]
 """
 
 import sys

@@ -17,6 +17,10 @@ several        A patient has images of different classes (lesions), drawn withou
                class), + gain on its own.
 equal models   As two classes, but √.35 N(patient) + √.35 N(image) are common to both sets of models, √.15 N(patient) +
                √.15 N(model, image) are each set's own.
+findings       A patient has 1 + Poisson(1) images; has each finding by a prevalence of its own, in 80 % of the images,
+               10 % of the values unknown; a score is 1.2·present + √.6 N(patient) + √.3 N(image) + √.1 N(model, image).
+numbers        Images as of findings. The number is √.9 N(patient) + √.1 N(image), or 5 to its power (skewed); what is
+               predicted is .8 number + .4 N(patient) + .3 N(image) + .2 N(model, image), + a bias.
 heads          64 features N(image) + ¼ (label − ½), and .6 N(image) along the diagonal, the same for all backbones.
                Logistic regression on the first labels of each fold's training part, as many of either class.
 """
@@ -27,9 +31,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from embcache.targets import Target, make_target
 
 Array = NDArray[np.float64]
 GRADES = np.array([0.475, 0.1775, 0.255, 0.065, 0.0275])
@@ -40,12 +47,13 @@ NORMAL = NormalDist()
 class Drawn:
     """One test set. ``other`` is a second set of models, as good as the first; ``overlap`` of heads' training rows."""
 
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     groups: NDArray[np.int64]
     logits: Array
     other: Array | None = None
     overlap: float | None = None
     truth: float | None = None
+    target: Target | None = None
 
 
 World = Callable[[np.random.Generator], Drawn]
@@ -152,6 +160,39 @@ def equal_models(positive: int, negative: int, auc: float) -> World:
     return draw
 
 
+def _several(rng: np.random.Generator, patients: int) -> NDArray[np.int64]:
+    return np.repeat(np.arange(patients), 1 + rng.poisson(1, patients))
+
+
+def findings(patients: int, prevalences: tuple[float, ...], models: int = 3) -> World:
+    width = len(prevalences)
+
+    def draw(rng: np.random.Generator) -> Drawn:
+        groups = _several(rng, patients)
+        shape = (len(groups), width)
+        y = ((rng.random((patients, width)) < prevalences)[groups] & (rng.random(shape) < 0.8)).astype(np.int64)
+        z = 1.2 * y + 0.6**0.5 * rng.normal(size=(patients, width))[groups] + 0.3**0.5 * rng.normal(size=shape)
+        logits = z + 0.1**0.5 * rng.normal(size=(models, *shape))
+        y[rng.random(shape) < 0.1] = -1
+        return Drawn(y, groups, logits, target=make_target("findings", [f"f{c}" for c in range(width)]))
+
+    return draw
+
+
+def numbers(patients: int, *, skewed: bool = False, bias: float = 0.0, models: int = 3) -> World:
+    def draw(rng: np.random.Generator) -> Drawn:
+        groups = _several(rng, patients)
+        n = len(groups)
+        y = 0.9**0.5 * rng.normal(size=patients)[groups] + 0.1**0.5 * rng.normal(size=n)
+        y = 5**y if skewed else y
+        z = 0.8 * y + 0.4 * rng.normal(size=patients)[groups] + 0.3 * rng.normal(size=n) + bias
+        return Drawn(
+            y, groups, (z + 0.2 * rng.normal(size=(models, n)))[..., None], target=make_target("number", ["n"])
+        )
+
+    return draw
+
+
 def logistic(x: Array, y: NDArray[np.int64], C: float = 0.1) -> Array:
     """Weights (K, D) of K logistic regressions on (K, n, D), ½‖w‖² + C Σ cross-entropy, by Newton's method."""
     k, n, d = x.shape
@@ -197,6 +238,6 @@ def heads(labeled: int, test: int, *, folds: int = 5, repeats: int = 1, apart: b
         new = np.arange(labeled)
         w = logistic(features(new, rng.normal(size=labeled))[None], labels[new][None])[0]
         truth = NORMAL.cdf(float(w @ direction / math.sqrt(2 * (w @ w + 0.36 * (w @ unit) ** 2))))
-        return Drawn(labels[pool:], np.arange(test), *pair, float(np.mean(common)), truth)
+        return Drawn(labels[pool:], np.arange(test), pair[0], pair[1], float(np.mean(common)), truth)
 
     return draw

@@ -147,10 +147,10 @@ class LogReg(ClosedFormHead):
 
     def _findings(self, x: NDArray[np.float64], y: NDArray[np.int64]) -> list[_Fit]:
         """Solutions of all findings (columns) for every C: log odds of each."""
-        paths = []
+        paths, (basis, reduced) = [], _span(x)  # one for all: it holds the rows of which any finding is known
         for values in y.T:
             known = values >= 0
-            fits = self._path(x[known], values[known], 2)
+            fits = self._path(reduced[known], values[known], 2, basis)
             paths.append([(f.C, f.weight[1] - f.weight[0], f.bias[1] - f.bias[0], f.converged) for f in fits])
         return [
             _Fit(each[0][0], np.stack([w for _, w, _, _ in each]), np.array([b for _, _, b, _ in each]),
@@ -158,17 +158,16 @@ class LogReg(ClosedFormHead):
             for each in zip(*paths, strict=True)
         ]  # fmt: skip
 
-    def _path(self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int) -> list[_Fit]:
-        """A solution for every C, ascending; each starts from the one before."""
+    def _path(
+        self, x: NDArray[np.float64], y: NDArray[np.int64], n_classes: int, basis: NDArray[np.float64] | None = None
+    ) -> list[_Fit]:
+        """A solution for every C, ascending; each starts from the one before. Rows may be those of a `_span`."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        # The solution lies in the span of the rows, so with fewer rows than features it is found among n numbers a
-        # class instead of D: the same solution, sooner.
-        basis, reduced = None, x
-        if len(x) < x.shape[1]:
-            basis, triangle = np.linalg.qr(x.T)  # (D, n), (n, n)
-            reduced = triangle.T
+        reduced = x
+        if basis is None:
+            basis, reduced = _span(x)
         weight = None if is_balanced(y, n_classes) else "balanced"
         model = LogisticRegression(solver="lbfgs", max_iter=self.max_iter, warm_start=True, class_weight=weight)
         found = []
@@ -186,6 +185,17 @@ class LogReg(ClosedFormHead):
                 weights[model.classes_], bias[model.classes_] = coefficients, model.intercept_
             found.append(_Fit(float(C), weights, bias, int(np.max(model.n_iter_)) < self.max_iter))
         return found
+
+
+def _span(x: NDArray[np.float64]) -> tuple[NDArray[np.float64] | None, NDArray[np.float64]]:
+    """A basis (D, n) of the span of fewer rows than features, and the rows in it (n, n); else None and the rows.
+
+    A solution lies in the span of the rows, so it is found among n numbers a class instead of D: the same, sooner.
+    """
+    if len(x) >= x.shape[1]:
+        return None, x
+    basis, triangle = np.linalg.qr(x.T)
+    return basis, triangle.T
 
 
 @dataclass(frozen=True, eq=False)
