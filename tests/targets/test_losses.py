@@ -12,8 +12,7 @@ from scipy.special import expit, logsumexp
 
 from embcache.probe.stack import make_job, train_heads
 from embcache.targets import Target, make_target
-from embcache.targets.ordinal import class_logits
-from embcache.targets.target import finish
+from embcache.targets.target import class_logits, finish
 
 RNG = np.random.default_rng(0)
 

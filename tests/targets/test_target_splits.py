@@ -29,7 +29,7 @@ def findings(n: int = 900, groups: int = 400, seed: int = 0, unknown: float = 0.
     text = np.where(rng.random((n, 3)) < unknown, "", y.astype(str))
     ds = make_dataset(np.arange(n) % 2, [f"p{g}" for g in of])
     ds = dataclasses.replace(ds, table=ds.table.assign(a=text[:, 0], b=text[:, 1], c=text[:, 2]))
-    return retarget(ds, "a,b,c")
+    return retarget(ds, "a,b,c", "findings")
 
 
 def numbers(n: int = 400, seed: int = 0) -> ImageDataset:
@@ -37,7 +37,7 @@ def numbers(n: int = 400, seed: int = 0) -> ImageDataset:
     ds = make_dataset(np.arange(n) % 2, [f"p{g}" for g in rng.integers(0, n // 2, n)])
     ages = rng.gamma(4, 12, n).clip(0, 110).round(1).astype(str)
     ages[:: n // 10] = ""
-    return retarget(dataclasses.replace(ds, table=ds.table.assign(age=ages)), "age")
+    return retarget(dataclasses.replace(ds, table=ds.table.assign(age=ages)), "age", "number")
 
 
 BOTH = {"findings": findings, "number": numbers}
@@ -154,7 +154,7 @@ def test_rare_findings_are_refused_before_training() -> None:
     with refused(ProtocolError, "class-too-small") as caught:
         plan_splits(dataclasses.replace(ds, table=table), folds=5)
     assert "c" in str(caught.value.found)
-    assert "--target a,b" in str(caught.value.fix)
+    assert "--drop-class c" in str(caught.value.fix)
 
 
 def test_matched_validation_and_numbers_of_images() -> None:

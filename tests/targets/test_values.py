@@ -132,12 +132,12 @@ def test_targets_of_a_table() -> None:
     ds = table(n, a=[str(k % 2) for k in range(n)], b=[["1", "", "0", "-1"][k % 4] for k in range(n)],
                age=[str(20 + k) for k in range(n)], both=[["x|y", "y", "x", "No finding"][k % 4] for k in range(n)],
                grade=[str(k % 3) for k in range(n)])  # fmt: skip
-    findings = retarget(ds, "a,b")
+    findings = retarget(ds, "a,b", None)
     assert (findings.kind, findings.class_names, findings.labels.shape) == ("findings", ("a", "b"), (n, 2))
     assert findings.labels[:4].tolist() == [[0, 1], [1, -1], [0, 0], [1, -1]]
-    assert retarget(ds, "a,b", uncertain="one").labels[3].tolist() == [1, 1]
-    assert retarget(ds, "both").class_names == ("x", "y")
-    number = retarget(ds, "age")
+    assert retarget(ds, "a,b", None, uncertain="one").labels[3].tolist() == [1, 1]
+    assert retarget(ds, "both", None).class_names == ("x", "y")
+    number = retarget(ds, "age", None)
     assert number.kind == "number"
     np.testing.assert_array_equal(number.labels, 20.0 + np.arange(n))
     ordinal = retarget(ds, "grade", "ordinal")
@@ -154,7 +154,6 @@ def test_targets_of_a_table() -> None:
     ("target", "task", "kind", "code"),
     [
         ("constant", "number", DatasetError, "too-few-classes"),
-        ("a,constant", None, DatasetError, "constant-target"),
         ("a,a", None, UsageError, "target-columns"),
         ("a,label", None, UsageError, "target-columns"),
         (",", None, UsageError, "target-columns"),
@@ -179,13 +178,13 @@ def test_targets_without_sense_are_refused(target: str, task: str | None, kind: 
 def test_findings_may_not_be_called_like_columns_of_the_table() -> None:
     ds = table(40, findings=["group|x", "x", "group", "none"] * 10)
     with refused(DatasetError, "class-names"):
-        retarget(ds, "findings")
+        retarget(ds, "findings", "findings")
 
 
 def test_findings_that_differ_in_case_are_refused() -> None:
     ds = table(40, findings=["Mass|x", "x", "mass|x", "Mass", "none"] * 8)
     with refused(DatasetError, "classes-differ-in-case"):
-        retarget(ds, "findings")
+        retarget(ds, "findings", "findings")
 
 
 # --- strata of numbers
@@ -244,3 +243,10 @@ def test_strata_keep_their_promises(y: list[float], least: int) -> None:
     assert len(counts) == 1 or counts.min() >= least
     for s in range(len(counts) - 1):
         assert values[found == s].max() < values[found == s + 1].min()
+
+
+def test_what_is_unknown_stays_so_in_another_target() -> None:
+    ds = table(40, a=["1", "0", "", "1"] * 10, b=["0", "1", "", "1"] * 10)
+    several = retarget(ds, "a,b", "findings")
+    one = retarget(several, "a", "findings", uncertain="one")  # unknown is not uncertain
+    assert one.labels[:4, 0].tolist() == [1, 0, -1, 1]
