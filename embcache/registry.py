@@ -8,8 +8,8 @@
     class Bottleneck(TrainedHead): ...
 
 A package announces the same by an entry point in the group ``embcache.heads`` (``embcache.backbones``,
-``embcache.datasets``, ``embcache.metrics``). On the command line ``module:name`` names any object that Python can
-import. Nothing is imported before it is asked for, so that listing names costs no torch.
+``embcache.datasets``, ``embcache.metrics``, ``embcache.targets``). On the command line ``module:name`` names any object
+that Python can import. Nothing is imported before it is asked for, so that listing names costs no torch.
 """
 
 from __future__ import annotations

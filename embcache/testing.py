@@ -187,7 +187,7 @@ def check_target(target: Target, y: NDArray[Any]) -> None:
     except UsageError:
         pass
     else:
-        raise AssertionError("a loss that there is not is accepted")
+        raise AssertionError("a loss that does not exist is accepted")
     assert target.noun, "one of its names is called something"
     assert target.nouns, "several of its names are called something"
     assert target.group_words, "how a group is scored is said"

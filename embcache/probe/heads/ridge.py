@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 class Ridge(ClosedFormHead):
     """L2-regularized least squares on standardized features with an intercept, its strength chosen on validation.
 
-    Of a number, its values; of classes and findings 1 for and −1 against each, in the manner of scikit-learn's
+    Of a number, its values; of classes and findings 1 for and −1 against each, like scikit-learn's
     ``RidgeClassifier``: the logit of a finding is twice what is regressed, and softmax takes the logits of classes, so
     that probabilities only rank. A finding is regressed on the images of which it is known. The alpha with the best
     validation score is kept, the larger (the stronger regularization) on a tie; without validation rows the one nearest
