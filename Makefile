@@ -44,6 +44,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/attention.py --heads 5
 	$(BIN)/python benchmarks/dvme.py
 	$(BIN)/python benchmarks/logreg.py
+	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/shards.py
