@@ -499,23 +499,13 @@ def _pearson(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
 
 def _spearman(y: NDArray[Any], z: FloatArray, positive: int) -> Weighted:
     """Pearson's of ranks, in each resample anew; ties have their mean rank."""
-    orders = []
-    for x in (y, z[:, 0]):
-        order = np.argsort(x, kind="stable")
-        starts = np.flatnonzero(np.diff(x[order], prepend=-np.inf))
-        orders.append((order, starts, np.cumsum(np.diff(x[order], prepend=-np.inf) > 0) - 1))
+    orders = [np.unique(x, return_inverse=True)[1].reshape(-1) for x in (y, z[:, 0])]
 
-    def value(w: FloatArray) -> FloatArray:
-        ranks = []
-        for order, starts, run in orders:
-            tied = _run_sums(w[:, order], starts)
-            middle = np.cumsum(tied, axis=1) - (tied - 1) / 2
-            placed = np.empty_like(w)
-            placed[:, order] = middle[:, run] / w.shape[1]
-            ranks.append(placed)
-        return _correlation(w, *ranks)
+    def ranks(w: FloatArray, of: IntArray) -> FloatArray:
+        tied = np.array([np.bincount(of, row) for row in w])
+        return np.asarray((np.cumsum(tied, axis=1) - (tied - 1) / 2)[:, of] / len(of))
 
-    return value
+    return lambda w: _correlation(w, *(ranks(w, of) for of in orders))
 
 
 def _proportion(key: str, title: str, ratio: Ratio, **traits: Any) -> Metric:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -438,6 +438,15 @@ class FittedHead:
         return self.target.predicted(predict_logits(self.head, self.trained.params, chosen, torch.arange(n)))
 
 
+class FitOptions(TypedDict, total=False):
+    """Options of `fit`."""
+
+    metric: str | None
+    seed: int
+    schedule: Schedule | None
+    target: Target | None
+
+
 def fit(
     head: Head,
     x: Mapping[str, ArrayLike],
@@ -445,10 +454,7 @@ def fit(
     *,
     x_val: Mapping[str, ArrayLike] | None = None,
     y_val: ArrayLike | None = None,
-    metric: str | None = None,
-    seed: int = 0,
-    schedule: Schedule | None = None,
-    target: Target | None = None,
+    **options: Unpack[FitOptions],
 ) -> FittedHead:
     """Train or solve one head on arrays: raw features (n, D) of each backbone and values as its target has them.
 
@@ -463,7 +469,7 @@ def fit(
     ValueError
         No backbone, no rows, or lengths that differ.
     """
-    of = target or as_target(int(np.max(y, initial=0)) + 1)
+    of = options.get("target") or as_target(int(np.max(y, initial=0)) + 1)
     val_labels = of.blank(0)
     labels = np.asarray(y, dtype=val_labels.dtype)
     features = _tensors(x)
@@ -474,9 +480,9 @@ def fit(
     if not features or n == 0 or any(len(f) != n + len(val_labels) for f in features.values()):
         raise ValueError(f"{n} labels and {len(val_labels)} validation labels do not fit the features")
     both = np.concatenate([labels, val_labels])
-    plan = schedule or Schedule()
-    job = make_job(both, np.arange(n), np.arange(n, len(both)), of, f"{seed}\0fit", plan.lr)
-    (trained,) = train_heads(head, features, torch.from_numpy(both), [job], of, metric or of.metric, plan)
+    plan, metric = options.get("schedule") or Schedule(), options.get("metric") or of.metric
+    job = make_job(both, np.arange(n), np.arange(n, len(both)), of, f"{options.get('seed', 0)}\0fit", plan.lr)
+    (trained,) = train_heads(head, features, torch.from_numpy(both), [job], of, metric, plan)
     if not trained.params:
         raise diverged_error("the head", None if isinstance(head, ClosedFormHead) else plan.lr)
     return FittedHead(head, trained, {backbone: f.shape[1] for backbone, f in features.items()}, of)

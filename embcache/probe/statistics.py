@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.errors import check_number
-from embcache.probe.metrics import FloatArray, IntArray, Metric, auc_placements, log_odds
+from embcache.probe.metrics import FloatArray, IntArray, Metric, Weighted, auc_placements, log_odds
 from embcache.runs.result import Estimate
 from embcache.targets import Target, make_target
 from embcache.targets.target import BoolArray
@@ -36,6 +36,7 @@ LARGEST_OVERLAP = 0.9  # above it, models that share training rows say too littl
 NOTHING = 1e-24  # a variance that is rounding
 _LEAST, _VALUES = 200, 200_000_000  # resamples of large sets of findings; values of findings that are resampled in all
 _WIDEST = 50.0  # of half an interval on a log scale, so that R² of a few groups overflows nothing
+_JACKKNIFE = 2000  # groups up to which it is looked for a few that make up the variance of a number's score
 _BLOCK, _CELLS = 100, 20_000_000  # resamples drawn and scored at a time; weights of values that are held
 
 
@@ -152,7 +153,19 @@ def sample(metric: Metric, test: TestSet, logits: ArrayLike, *, resamples: int =
         lost += int((weights @ present == 0).any(axis=1).sum())
         draws.append(np.stack([form(weights) for form in forms]))
     every, df = np.concatenate(draws, axis=1), test.df(metric)
+    if test.labels.dtype.kind == "f" and 2 < len(names) <= _JACKKNIFE:
+        df = min(df, _df_of_few(_without_each(forms, group) - values.mean()))
     return Scores(metric, test, values, deviations(every, df), df, every, lost / resamples)
+
+
+def _without_each(forms: Sequence[Weighted], group: IntArray) -> FloatArray:
+    """The mean score over models without each of the groups, (groups,)."""
+    found = []
+    for numbers in np.array_split(np.arange(group.max() + 1), -(-(group.max() + 1) // _BLOCK)):
+        weights = (group != numbers[:, None]).astype(np.float64)
+        found.append(np.mean([form(weights) for form in forms], axis=0))
+    moves = np.concatenate(found)
+    return np.asarray(np.where(np.isfinite(moves), moves, 0.0))
 
 
 def deviations(draws: FloatArray, df: float) -> FloatArray:

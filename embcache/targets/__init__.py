@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from embcache.errors import UsageError
 from embcache.registry import Registry
 from embcache.targets.target import Target as Target
 
@@ -22,7 +23,10 @@ targets: Registry[type[Target]] = Registry(
 def make_target(kind: str, names: Sequence[str], columns: Sequence[str] = (), loss: str = "") -> Target:
     """The target of a registered kind; `UsageError` where there is no such kind or loss. A file may name the kind."""
     if kind not in targets:
-        raise targets.unknown(kind)
+        raise UsageError(
+            f"unknown kind of target {kind!r:.40}", code="unknown-target", expected=", ".join(targets),
+            fix="install the package that has it",
+        )  # fmt: skip
     return targets.get(kind)(tuple(names), tuple(columns), loss)
 
 

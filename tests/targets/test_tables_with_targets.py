@@ -1,4 +1,4 @@
-"""Tables of one's own: what is predicted is said, guessed with a reason, or asked about; the same in every command."""
+"""Tables of your own: what is predicted is said, guessed with a reason, or asked about; the same in every command."""
 
 from __future__ import annotations
 
