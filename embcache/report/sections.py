@@ -18,7 +18,7 @@ from embcache.data.groups import hash_order
 from embcache.errors import EmbcacheError
 from embcache.log import log
 from embcache.probe.metrics import confusion, find_metric, has_order, is_loss, metric_title, per_class_auc
-from embcache.probe.predictions import Predictions
+from embcache.probe.predictions import Predictions, group_ensemble
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import load_validation, training_notes
 from embcache.report.charts import SHOWN, Chart, Series, learning_curves, line_chart, paper_table
@@ -263,7 +263,8 @@ def _ways(task: Task, best: Rival) -> Table:
                 _NEW: bounds(e.new_model) or "–", _THESE: bounds(e.these_models) or e.why,
             })  # fmt: skip
     why = result.by_group.get("why")
-    mean = f"by patient: {task.of.group_words}"
+    mean, mixed = f"by patient: {task.of.group_words}", result.by_group.get("mixed", 0)
+    mean += f"; {mixed:,} with images of several classes left out" if mixed else ""
     notes = [f"not by patient: {why}" if why is not None else mean] if result.by_group else []
     return _table("ways", f"{best.name}: as a mean of models, and as what predict uses", rows, notes)
 
@@ -275,7 +276,7 @@ def _others(task: Task, best: Rival) -> Table:
     if len(predictions.logits) > 1:
         ways[_ENSEMBLE] = predictions.ensemble()
     if "groups" in best.result.by_group:
-        ways["by patient, ensemble"] = predictions.by_group().ensemble()
+        ways["by patient, ensemble"] = group_ensemble(predictions)
     usual = [{"auc": "macro_auc"}.get(m, m) if len(task.class_names) > 2 else m for m in _OTHERS]
     if len(usual) > 2 and len(task.class_names) > 2 and has_order(task.class_names):
         usual = [*_GRADES, *usual]
