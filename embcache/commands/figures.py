@@ -335,13 +335,13 @@ def attention(
     targets = figure_targets(output)
     if image is not None:
         return _image_attention(image, (backbone or ["dino"])[0], config, home, targets)
-    from embcache.data.classes import as_in_run
+    from embcache.data.classes import as_in_run, ref_of_run
     from embcache.data.dataset import find_dataset
     from embcache.figures.attention import draw_attention, run_attention
     from embcache.runs.folders import find_run_anywhere
 
     result, folder = find_run_anywhere(str(run), home)
-    ds = as_in_run(find_dataset(result.dataset, ref, home=home)[0], result.request)
+    ds = as_in_run(find_dataset(result.dataset, ref_of_run(ref, result.request), home=home)[0], result.request)
     found = run_attention(ds, result, folder, home=home, recipe=config.recipe)
     default = default_figure(ds.name, home, f"attention-{result.id}.png")
     paths = [draw_attention(found, ds.synthetic, target) for target in targets or [default]]

@@ -74,8 +74,9 @@ def refuse_unclear(ds: ImageDataset) -> None:
 def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
     """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
     target = ref.target or ds.ref.target  # a table without a column of labels keeps what it was loaded for
-    if target is not None or ref.task is not None:
-        ds = retarget(ds, target, ref.task, uncertain=ref.uncertain, unmentioned=ref.unmentioned)
+    task = ref.task or (ds.ref.task if target == ds.ref.target else None)
+    if target is not None or task is not None:
+        ds = retarget(ds, target, task, uncertain=ref.uncertain, unmentioned=ref.unmentioned)
     merge = [text for text in ref.merge_class if text not in ds.ref.merge_class]  # the others were merged at loading
     if not (ref.drop_class or merge):
         return ds
@@ -157,7 +158,14 @@ def _rename_findings(
     """Findings left out as columns, their images kept; merged ones are present where any of them is."""
     members = {new: [name for name, other in zip(ds.class_names, of, strict=True) if other == new] for new in kept}
     y = dict(zip(ds.class_names, ds.labels.T, strict=True))
-    columns = {new: np.max([y[name] for name in own], axis=0) for new, own in members.items()}
+    if taken := [new for new in kept if new not in y and new in ds.table.columns]:
+        raise UsageError(
+            "a column of the table has the name of a merged finding", code="class-name-taken", found=taken[0],
+            expected="a new name", where="--merge-class", fix=f"--merge-class {'+'.join(members[taken[0]])}=NEW",
+        )  # fmt: skip
+    together = {new: np.stack([y[name] for name in own]) for new, own in members.items()}
+    # Present where any is, absent where all are: what is not known of one may be present.
+    columns = {new: np.where((v == 1).any(0), 1, np.where((v == 0).all(0), 0, -1)) for new, v in together.items()}
     notes = [f"finding {name} is left out" for name in names if not names[name]]
     notes += [f"findings {', '.join(own)} are one finding, {new}" for new, own in members.items() if len(own) > 1]
     table = ds.table.assign(label=np.where(_any_known(columns), 0, -1).astype(np.int64), **columns)
@@ -179,6 +187,8 @@ def _rename_notes(ds: ImageDataset, of: Sequence[str]) -> list[str]:
         images = f"{len(split):,} images" + (f" ({counts})" if counts else "")
         several = f"classes {names} are" if len(old) > 1 else f"class {names} is"
         notes.append(f"{several} one class, {new}: {images}" if new else f"{several} left out: {images}")
+        if new and ds.kind == "ordinal" and old[-1] - old[0] >= len(old):
+            notes.append(f"grades {names} are not neighbors: as {new} they take the place of {ds.class_names[old[0]]}")
     return notes
 
 
@@ -313,6 +323,8 @@ def retarget(
     """
     if task is not None:
         check_choice("--task", task, targets)
+    check_choice("--uncertain", uncertain, ("unknown", "zero", "one"))
+    check_choice("--unmentioned", unmentioned, ("unknown", "zero"))
     names = [] if target is None else _columns_of(ds, target)
     if names == ["label"]:
         names = []
@@ -326,10 +338,21 @@ def retarget(
     if (title == ds.target and task in (None, ds.kind)) or (target is None and task is None):
         loss = loss or ("cumulative" if task == "ordinal" else ds.task.loss)
         return ds if loss == ds.task.loss else replace(ds, loss=loss, whole=ds.whole or ds)
+    if not names and task == "classes" and ds.kind == "ordinal":
+        return replace(
+            ds, kind="classes", loss="", notes=(*ds.notes, "grades are taken as classes"), whole=ds.whole or ds
+        )
     texts = {name: _texts(ds, name) for name in names} or {"label": _own_texts(ds)}
     why = ""
     if task is None:
         task, why = guess_task(texts)
+        doubts = unclear_labels(texts[names[0]], class_order(texts[names[0]])) if task == "classes" and names else []
+        if doubts:
+            raise UsageError(
+                f"it is not clear what column {names[0]!r} holds", code="task-unclear", where=ds.origin or ds.root,
+                found="; ".join(note for note, _ in doubts), expected="--task, which says what is predicted",
+                fix=[f"--task {task}" for task in dict.fromkeys([*(t for _, t in doubts if t), "classes"])],
+            )  # fmt: skip
     kept = names or ["label"]
     reading = _READ[task](ds, texts, (uncertain, unmentioned))
     guessed = f"the target is {_title(kept)} ({task}): {why}; --task takes it otherwise"
@@ -415,8 +438,8 @@ def guess_task(texts: Mapping[str, Sequence[str]]) -> tuple[str, str]:
         return "findings", f"{len(texts)} columns, one finding each"
     ((name, values),) = texts.items()
     known = set(values) - {""}
-    if re.search(r"(^|[^a-z])id$", name.lower()) is None and _numbers(list(values)) is not None:
-        if len(known) > FEW_NUMBERS:
+    if re.search(r"(^|[^a-z])id$", name.lower()) is None and _numbers(list(values), infinite=True) is not None:
+        if len(known) > FEW_NUMBERS or _numbers(list(values)) is None:  # reading refuses what is infinite
             return "number", f"it holds {len(known):,} distinct numbers"
         return "classes", f"it holds {len(known):,} distinct numbers"
     if separator := separator_of(values):
@@ -538,7 +561,13 @@ def _check_varies(ds: ImageDataset, name: str, values: Sequence[str]) -> None:
 def task_of(ds: ImageDataset) -> dict[str, str]:
     """The task as the request of a run has it, with how doubtful findings were read where that is not as unknown."""
     doubtful = ("uncertain", "unmentioned") if ds.kind == "findings" else ()
-    return declared(ds.task) | {name: how for name in doubtful if (how := vars(ds.ref)[name]) != "unknown"}
+    return declared(ds.task, ds.target) | {name: how for name in doubtful if (how := vars(ds.ref)[name]) != "unknown"}
+
+
+def ref_of_run(ref: DatasetRef, request: Mapping[str, Any]) -> DatasetRef:
+    """How the dataset of a run is read: doubtful findings as the run had them."""
+    task = request.get("of", request).get("task", {})
+    return replace(ref, **{name: task[name] for name in ("uncertain", "unmentioned") if name in task})
 
 
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
@@ -552,13 +581,13 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
     return rename_classes(ds, request.get("classes", {}))
 
 
-def _numbers(texts: Sequence[str]) -> NDArray[np.float64] | None:
-    """The texts as numbers, NaN where empty; None unless every one that is not empty is a finite number."""
+def _numbers(texts: Sequence[str], *, infinite: bool = False) -> NDArray[np.float64] | None:
+    """The texts as numbers, NaN where empty; None unless every one that is not empty is a (finite) number."""
     try:
         numbers = np.array([as_number(text) for text in texts], dtype=np.float64)
     except ValueError:
         return None
-    return None if np.isinf(numbers).any() else numbers
+    return None if np.isinf(numbers).any() and not infinite else numbers
 
 
 def _ages(name: str, ages: NDArray[np.float64]) -> Column:

@@ -411,7 +411,9 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
         names = named_columns(cached.ref) | named_columns(ref)
         columns = {f"{role}_column": column for role, column in names.items()}
         merge = tuple(dict.fromkeys(cached.ref.merge_class + ref.merge_class))
-        ref = DatasetRef.make(ref, {**columns, "merge_class": merge, "target": ref.target or cached.ref.target})
+        kept = cached.ref if ref.target in (None, cached.ref.target) else ref
+        target = {"target": kept.target, "task": ref.task or kept.task}
+        ref = DatasetRef.make(ref, {**columns, "merge_class": merge, **target})
     elif words := cached.ref.words():
         notes = [f"{' '.join(words)}, as {cached.name} was read from {cached.origin}, does not count here"]
     # Extraction without the missing images was a decision to go on without them.

@@ -385,14 +385,14 @@ class Trainer:
             )  # fmt: skip
             yield state, _tensors(model, optimizer), model.state() if better else {}
 
-    def predict(self, rows: Sequence[int]) -> NDArray[np.float32]:
-        """Logits, float32 (len(rows), C), of the plain view of some frames."""
+    def predict(self, rows: Sequence[int]) -> NDArray[Any]:
+        """Logits, float32 (of numbers float64) of shape (len(rows), C), of the plain view of some frames."""
         plan = [[(row, None) for row in part] for part in _split(rows, self._part)]
         parts = []
         self.model.train(False)
         with torch.no_grad(), self._arithmetic():
             for pixels in batches(self.frames, plan, self.augment, self.pool):
-                parts.append(self.model.finished(self.model.logits(pixels)).float().cpu().numpy())
+                parts.append(self.model.finished(self.model.logits(pixels)).cpu().numpy())
                 self.on_images(len(pixels))
         return np.concatenate(parts)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,12 +147,12 @@ class FinetunedModel:
         """Probabilities, or numbers, float64 (B, C), of a uint8 batch (B, *transform.size, 3)."""
         return self.task.predicted(self.logits(pixels))
 
-    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits, float32 (B, C), of a uint8 batch (B, *transform.size, 3)."""
+    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        """Logits, float32 (of numbers float64) of shape (B, C), of a uint8 batch (B, *transform.size, 3)."""
         precision = "tf32" if self.model.precision == "tf32" else "fp32"
         with torch.no_grad(), arithmetic(self.model.device, precision):
             out = self.model.finished(self.model.logits(torch.from_numpy(pixels)))
-            return np.asarray(out.float().cpu().numpy())
+            return np.asarray(out.cpu().numpy())
 
 
 def load_finetuned(

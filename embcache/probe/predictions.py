@@ -126,7 +126,9 @@ def group_rows(predictions: Predictions) -> tuple[Predictions | None, str]:
     groups = predictions.by_group()
     task = predictions.task
     if not len(groups.ids) or len(task.absent(groups.labels)) == len(task.names) or _one_sided(groups):
-        return None, f"of {total:,} groups {total - len(groups.ids):,} hold images of several classes"
+        mixed = total - len(groups.ids)
+        alike = f"no {task.noun} varies among {len(groups.ids):,} groups"
+        return None, f"of {total:,} groups {mixed:,} hold images of several classes" if mixed else alike
     return groups, ""
 
 

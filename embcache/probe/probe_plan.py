@@ -140,6 +140,9 @@ def plan_probe(
     """Open the stores, draw the splits and write down one cell per set of backbones and subset."""
     given = config.head if head is None else head
     model = find_head(given, config.hyperparameters)
+    if isinstance(model, ClosedFormHead):
+        _refuse_training_options(config)
+        dataset = with_loss(dataset, dataset.task.losses[0])  # grades are classes to it
     dataset = with_loss(dataset, config.loss)
     names = [name for subset in subsets for name in subset_sizes(dataset, [subset])]
     subset_sizes(dataset, names)  # one at least
@@ -209,17 +212,17 @@ def _settled(config: ProbeConfig, head: Head, dataset: ImageDataset, home: PathL
         config = replace(config, splits=str(find_splits(config.splits, dataset, home)))
     rates = tuple(dict.fromkeys(config.lr))
     config = replace(config, loss=None)  # that of the target, which is in the request
-    if isinstance(head, ClosedFormHead):
-        _refuse_training_options(config)
     return replace(config, lr=() if rates == (Schedule.lr,) else rates)
 
 
 def _refuse_training_options(config: ProbeConfig) -> None:
     given = [f"--buffer {config.buffer}"] if config.buffer is not None else []
     given += [f"--lr {config.lr[0]:g}"] if config.lr else []
+    given += [f"--loss {config.loss}"] if config.loss else []
     if given:
         raise UsageError(
-            f"head {config.head!r} is solved on all features at once: it has no learning rate, and nothing is streamed",
+            f"head {config.head!r} is solved on all features at once: it has no learning rate or loss, and nothing is "
+            "streamed",
             code="head-not-trained", found=" ".join(given),
             fix=f"leave {given[0].split()[0]} out, or a head that is trained: --head linear",
         )  # fmt: skip

@@ -60,7 +60,9 @@ class Splits:
     groups: StrArray = field(repr=False)  # (N,); the dataset's, merged where stored digests showed identical bytes
     test: IntArray = field(repr=False)  # rows of the test set, in the dataset's order
     test_set: str  # "official" or "local"
-    train: Mapping[Key, IntArray] = field(repr=False)  # in drawing order: a smaller subset is a class-wise prefix
+    train: Mapping[Key, IntArray] = field(
+        repr=False
+    )  # in drawing order: a smaller subset is its beginning, class by class
     val: Mapping[Key, IntArray] = field(repr=False)
     subsets: tuple[str, ...]  # "S", "M", "F" or a number of training images
     n_folds: int

@@ -131,8 +131,8 @@ class ClosedFormHead(Head):
         """Solve one head; validation, None where there is none, chooses by ``metric``.
 
         Shapes: x, x_val float32 (n, D), (m, D) of each backbone; y, y_val int64 (n,), (m,) of 0 … ``n_classes`` − 1; of
-        findings int64 (n, L), −1 unknown, with L in the place of ``n_classes``; of a number float64 (n,), with 1. Only
-        kinds of targets that the head ``fits`` are given, and `apply` gives logits, or numbers in their unit.
+        findings int64 (n, L), −1 unknown, with L in the place of ``n_classes``; of a number float64 (n,), standardized,
+        with 1. Only kinds of targets that the head ``fits`` are given; `apply` gives logits, or standardized numbers.
         """
 
 
@@ -372,14 +372,18 @@ def _solve(
     failed = TrainedModel({}, diverged=True)
     if not all(torch.isfinite(features).all() for features in [*train.values(), *(held or {}).values()]):
         return failed
-    solved = head.solve(train, labels, held, held_labels if held else None, target.outputs, metric)
+    constants = {name: p.to(y.device) for name, p in target.constants(values_at(y, job.train)).items()}
+    given = [(v - constants["target.mean"]) / constants["target.scale"] if target.kind == "number" else v
+             for v in (labels, held_labels)]  # fmt: skip
+    solved = head.solve(train, given[0], held, given[1] if held else None, target.outputs, metric)
+    params = solved.params | (constants if target.kind == "number" else {})
     if held is None:
-        return TrainedModel(solved.params, chosen=solved.chosen)
-    logits = predict_logits(head, solved.params, x, job.val)
+        return TrainedModel(params, chosen=solved.chosen)
+    logits = predict_logits(head, params, x, job.val)
     if not np.isfinite(logits).all():
         return failed
     value = scorer(metric, held_labels.cpu().numpy(), target)(logits)
-    return TrainedModel(solved.params, val_score=value, chosen=solved.chosen)
+    return TrainedModel(params, val_score=value, chosen=solved.chosen)
 
 
 def best_of(trained: Sequence[TrainedModel]) -> int:
@@ -388,7 +392,7 @@ def best_of(trained: Sequence[TrainedModel]) -> int:
     return scores.index(max(scores))
 
 
-def predict_logits(head: Head, params: Params, x: Tensors | FeatureRows, rows: Tensor) -> NDArray[np.float32]:
+def predict_logits(head: Head, params: Params, x: Tensors | FeatureRows, rows: Tensor) -> NDArray[Any]:
     """Logits of one head, shape (len(rows), C); ``params`` without the stacking axis; of views the first."""
     (logits,) = logits_of_sets(head, [{name: p[None] for name, p in params.items()}], x, [rows])
     return np.asarray(logits[0])
@@ -397,10 +401,10 @@ def predict_logits(head: Head, params: Params, x: Tensors | FeatureRows, rows: T
 @torch.no_grad()
 def logits_of_sets(
     head: Head, params: Sequence[Params], x: Tensors | FeatureRows, sets: Sequence[Tensor]
-) -> list[NDArray[np.float32]]:
-    """Logits (K, m, C) of several stacks of heads, each for its own set (m,) of rows."""
+) -> list[NDArray[Any]]:
+    """Logits (K, m, C), of numbers float64, of several stacks of heads, each for its own set (m,) of rows."""
     widths = [len(next(iter(p.values()))) for p in params]
-    found = [np.zeros((width, 0, 0), np.float32) for width in widths]
+    found: list[NDArray[Any]] = [np.zeros((width, 0, 0), np.float32) for width in widths]
     for chunk in as_rows(x).chunks(sets):
         k, width = chunk.number, widths[chunk.number]
         for first in range(0, width, _HEADS):
@@ -409,9 +413,10 @@ def logits_of_sets(
             for start in range(0, len(chunk.places), _ROWS):
                 part = slice(start, start + _ROWS)
                 shared = {b: f[None, part].expand(heads.stop - first, -1, -1) for b, f in chunk.x.items()}
-                logits = finish(some, head.apply(some, shared, None)).float().cpu().numpy()
+                out = finish(some, head.apply(some, shared, None))
+                logits = (out if out.dtype == torch.float64 else out.float()).cpu().numpy()
                 if not found[k].size:
-                    found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), np.float32)
+                    found[k] = np.empty((width, len(sets[k]), logits.shape[-1]), logits.dtype)
                 found[k][heads, chunk.places[part].numpy()] = logits
     return found
 

@@ -205,7 +205,7 @@ def _auc_scores(metric: Metric, test: TestSet, values: FloatArray, z: FloatArray
     # The rows of a finding are of both sides of others, so that all are one part.
     moves, df = _by_group(influence, group, np.zeros(len(group), dtype=np.int64) if findings else test.labels)
     v, usual = float((moves.mean(0) ** 2).sum()), min(plain, null(float(values.mean()))) if sizes else 0.0
-    if metric.key != "auc" and usual > 0:
+    if metric.key != "auc" and usual > 0 and not (findings and len(parts) == 1):  # of one finding it is an AUC
         return Scores(metric, test, values, moves, min(df, _df_of_few(moves.mean(0))))
     sides = [rows[positive[rows] == v] for rows, positive, _ in parts for v in (True, False)] if findings else [
         np.flatnonzero(test.labels == c) for c in present

@@ -18,7 +18,7 @@ import embcache
 from embcache.data.dataset import ImageDataset
 from embcache.errors import StoreError
 from embcache.paths import PathLike
-from embcache.probe.heads import imbalance
+from embcache.probe.heads import imbalance, weighing
 from embcache.probe.metrics import FloatArray, check_order, evaluate, find_metric, known, positive_class, score
 from embcache.probe.predictions import (
     Adjust,
@@ -348,8 +348,7 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[s
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if ds.task.kind == "findings":
-        weights = "weighs present findings by absent to present" if ds.task.loss == "weighted-bce" else "has no weights"
-        notes.append(f"findings that are not known are left out of loss and scores; the loss {weights}")
+        notes.append(f"findings that are not known are left out of training and scores; {weighing(head, ds.task)}")
     elif ds.task.kind != "number" and not all(
         is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)
     ):

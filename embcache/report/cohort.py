@@ -68,7 +68,7 @@ def cohort(part: Part, choices: Sequence[Choice], *, ids: bool) -> Cohort | None
     request = result.request
     recipes = ",".join(str(fingerprint) for _, fingerprint in request.get("recipes", [])) or None
     protocol = {key: request[key] for key in ("folds", "seed", "val", "test", "exclude_test_overlap") if key in request}
-    problem = "the splits of these results were imported, or the images have changed"
+    problem = "the splits of these results were imported, or the images or how findings are read have changed"
     try:
         dataset = as_in_run(part.dataset, request)
         stores = open_stores(dataset, [result.backbones], part.home, recipes)

@@ -84,6 +84,17 @@ def export_head(run: str, output: PathLike, *, fold: int | None = None, home: Pa
     return ExportedHead(folder, about)
 
 
+def _formula(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    found = FORMULAS.get(name, "")
+    votes = found.partition("logits = log(max")[0]
+    if "bank.numbers" in tensors:
+        found = f"{votes}logits = votes · bank.numbers rows"
+    elif "bank.known" in tensors:
+        found = f"{votes}s = votes · bank.labels rows; t = votes · bank.known rows - s; "
+        found += "logits = log(max(s, 1e-12)) - log(max(t, 1e-12))"
+    return found and found + _finish(tensors)
+
+
 def _finish(tensors: Mapping[str, torch.Tensor]) -> str:
     """What follows the head, where its target adds parameters."""
     if "target.scale" in tensors:
@@ -113,10 +124,11 @@ def _describe(result: Result, fold: int, tensors: Mapping[str, torch.Tensor]) ->
         "task": result.task.kind,
         "loss": result.task.loss,
         "head": {"name": name, **asdict(head)},  # type: ignore[call-overload]
-        "formula": (FORMULAS.get(name) or cleandoc(type(head).__doc__ or "")) + _finish(tensors),
+        "formula": _formula(name, tensors) or cleandoc(type(head).__doc__ or "") + _finish(tensors),
         "layers": "NAME(x) = x @ NAME.weight.T + NAME.bias; layernorm: over the last axis, eps 1e-5; x is float32",
         "probabilities": {"findings": "sigmoid(logits)", "number": "none: logits are the numbers"}.get(
-            result.task.kind, "softmax(logits) over the last axis"
+            result.task.kind,
+            "of the classes, by the cuts" if "target.first" in tensors else "softmax(logits) over the last axis",
         ),
         # the order matters to heads that fuse
         "backbones": [

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from embcache.config import DatasetRef, PredictConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
-from embcache.data.classes import as_in_run, change_notes
+from embcache.data.classes import as_in_run, change_notes, ref_of_run
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
 from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_groups, patient_keys
@@ -73,6 +73,7 @@ class ImagePredictions:
     groups: tuple[str, ...] | None = None  # patient, slide … of each image; empty where it is not known
     adjusted: str = ""  # prevalence and temperatures that ``p`` was adjusted to; empty where it was not
     target: Target | None = None  # by default classes
+    values: NDArray[Any] | None = None  # of the target, of each image of a dataset
 
     @property
     def task(self) -> Target:
@@ -99,7 +100,8 @@ class ImagePredictions:
         """One plain mapping per group: ``group, images, not_read, [label,] prediction, p_CLASS …, [adjusted]``.
 
         Groups come in the order of their first images. ``p_CLASS`` is the mean over the ``images`` that could be read
-        (of findings the maximum), ``label`` is empty where they differ. An image without a group is a group of its own.
+        (of findings the maximum), ``label`` that of the images (of findings any, of numbers the mean), empty where
+        classes differ. An image without a group is a group of its own.
         """
         if self.groups is None:
             raise _no_groups()
@@ -108,8 +110,9 @@ class ImagePredictions:
             members.setdefault(group or image, []).append(k)
         for group, rows in members.items():
             read = [k for k in rows if not self.reasons[k]]
-            labels = set() if self.labels is None else {self.labels[k] for k in rows}
-            label = {} if self.labels is None else {"label": labels.pop() if len(labels) == 1 else ""}
+            known = None if self.values is None else self.values[rows][self.task.known(self.values[rows])]
+            shared = "" if known is None or not len(known) else self.task.words(self.task.group_value(known))
+            label = {} if self.labels is None else {"label": shared}
             counts = {"images": len(read), "not_read": len(rows) - len(read)}
             together = np.max if self.task.kind == "findings" else np.mean
             found = together(self.p[read], axis=0) if read else None
@@ -241,6 +244,7 @@ def predict(
         None if ds is None else tuple(map(ds.task.words, ds.labels)),
         (*_notes(result, ds), *given.notes, *decoding.notes()), given.groups if any(given.groups) else None,
         _in_words(result, adjust, [models[fold] for fold in folds if models]), result.task,
+        None if ds is None else ds.labels,
     )  # fmt: skip
     if config.by_group is not None:
         write_output(config.by_group.expanduser(), predicted.groups_to_csv())
@@ -265,7 +269,7 @@ def _no_groups() -> DatasetError:
 
 
 def _dataset_of_classes(result: Result, name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
-    ds = as_in_run(find_dataset(name, ref, home=home)[0], result.request)
+    ds = as_in_run(find_dataset(name, ref_of_run(ref, result.request), home=home)[0], result.request)
     if tuple(ds.class_names) != result.class_names:
         raise DatasetError(
             f"{ds.name} has other {result.task.nouns} than run {result.id}", code="other-classes",

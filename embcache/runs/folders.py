@@ -201,7 +201,7 @@ def load_predictions(run: Path, name: str = "predictions") -> pd.DataFrame:
     path = run / f"{name}.parquet"
     try:
         table: pd.DataFrame = open_parquet(read_regular(run_file(run, path.name)))[1].to_pandas()
-        result = load_result(run)
+        result = Result.from_json({key: value for key, value in _content(run).items() if key != "files"})
         _check_predictions(table, len(result.class_names), len(result.folds), result.task.kind)
         return table
     except (pa.ArrowException, ValueError, OSError) as error:

@@ -232,8 +232,8 @@ class Result:
         typed(Mapping[str, _Recipe], found.recipes, "recipes")
         try:
             _ = found.task
-        except UsageError as error:
-            raise ValueError(error.problem[:200]) from error
+        except (UsageError, AttributeError, TypeError) as error:
+            raise ValueError(str(error)[:200]) from error
         if not _METRIC.fullmatch(found.metric):
             raise ValueError(f"a metric called {found.metric!r}"[:200])
         if found.positive and found.positive not in found.class_names:

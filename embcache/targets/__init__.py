@@ -42,8 +42,11 @@ def target_of(y: NDArray[Any], outputs: int) -> Target:
     return make_target("number", ["number"]) if y.dtype.kind == "f" else as_target(outputs)
 
 
-def declared(found: Target) -> dict[str, str]:
-    """Kind and loss as the request of a run has them; empty for softmax, ordered or not, which trains alike."""
-    if found.loss == "softmax":
+def declared(found: Target, column: str = "") -> dict[str, str]:
+    """Kind and loss as the request of a run has them; empty for softmax, which trains grades as classes.
+
+    Grades of a ``column`` are stated, for as classes its values may be others.
+    """
+    if found.loss == "softmax" and not (found.kind == "ordinal" and column):
         return {}
     return {"kind": found.kind, "loss": found.loss}

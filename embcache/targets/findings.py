@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,11 +182,11 @@ def separator_of(texts: Sequence[str]) -> str:
         split = [[part.strip() for part in text.split(s)] for text in distinct]
         several = [parts for parts in split if len(parts) > 1]
         alone = {parts[0] for parts in split if len(parts) == 1}
-        parts = [part for one in several for part in one]
+        parts = Counter(part for one in several for part in one)
         if s not in "|;" and all(part.isdecimal() for part in parts):
             continue  # dates, and decimals with a comma
-        recur = sum(part in alone or parts.count(part) > 1 for part in set(parts))
-        if several and all(parts) and recur > len(set(parts)) / 2 and len(several) > most:
+        recur = sum(part in alone or n > 1 for part, n in parts.items())
+        if several and all(parts) and recur > len(parts) / 2 and len(several) > most:
             best, most = s, len(several)
     return best
 

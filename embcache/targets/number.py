@@ -102,7 +102,10 @@ class Number(Target):
         import torch
 
         scale = float(y.std()) or 1.0
-        return {"target.mean": torch.tensor([y.mean()]).float(), "target.scale": torch.tensor([scale]).float()}
+        return {
+            name: torch.tensor([value], dtype=torch.float64)
+            for name, value in (("target.mean", float(y.mean())), ("target.scale", scale))
+        }
 
     def row_losses(self, out: Tensor, y: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """Squared error, or Huber's with a threshold of one standard deviation, of the standardized number."""

@@ -175,7 +175,8 @@ def finish(params: Mapping[str, Tensor], out: Tensor) -> Tensor:
     The parameters that a target adds say which: a saved head predicts without knowing what it was trained for.
     """
     if "target.scale" in params:
-        return out * params["target.scale"][:, None] + params["target.mean"][:, None]
+        # In float64, for numbers far from 0.
+        return out.double() * params["target.scale"][:, None] + params["target.mean"][:, None]
     if "target.first" in params:
         return class_logits(out, params["target.first"], params.get("target.gaps"))
     return out

@@ -85,7 +85,7 @@ def test_sets_of_backbones_are_checked() -> None:
 def test_heads_that_need_fixed_features_are_refused(name: str) -> None:
     head = make_head(name)
     backbones = ["random", "dino"] if head.fuses else ["random"]
-    if name in ("concat", "knn", "logreg"):
+    if name in ("concat", "knn", "logreg", "ridge"):
         with refused(UsageError, "head-needs-features") as caught:
             check_head(head, backbones)
         assert caught.value.expected is not None

@@ -333,7 +333,8 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
         used -= {label}  # a target by that name is its values
     for each in (c for c in given.columns if c not in used):
         cells["source_" + each if each in COLUMNS else each] = given[each].tolist()
-    ref = ref if "label" not in found else replace(ref, target=None)  # else remembered: there are no other labels
+    # Without a column of labels the target is remembered.
+    ref = ref if "label" not in found else replace(ref, target=None, task=None)
     return _dataset(file.parent, name, cells, labels, ref, notes, file)
 
 
@@ -371,7 +372,9 @@ def _dataset(
         name, root, class_names, metric="auc" if len(class_names) == 2 else "macro_auc", augment="generic",
         table=pd.DataFrame({column: own[column] for column in order}),
         notes=(*notes, *spelling_notes(filter(None, given), shown), *more, *label_notes(labels, class_names)),
-        ref=DatasetRef.make(options={**options, "merge_class": done, "target": ref.target}),
+        ref=DatasetRef.make(
+            options={**options, "merge_class": done, "target": ref.target, "task": ref.task if ref.target else None}
+        ),
     )  # fmt: skip
 
 

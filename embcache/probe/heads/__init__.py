@@ -119,10 +119,20 @@ def check_fits(head: Head, target: Target) -> None:
     if target.kind not in head.fits:
         others = [name for name in ("linear", "ridge", "knn") if target.kind in heads.get(name).fits]
         raise UsageError(
-            f"head {head.name or name_of(head)!r} is for {' and '.join(head.fits)}", code="head-does-not-fit",
-            found=f"a target of kind {target.kind}: {', '.join(target.names[:5])}", expected=", ".join(head.fits),
+            f"head {head.name or name_of(head)!r} is not for a target of this kind", code="head-does-not-fit",
+            found=f"{target.kind}: {', '.join(target.names[:5])}", expected=", ".join(head.fits),
             fix=[f"--head {name}" for name in others],
         )  # fmt: skip
+
+
+def weighing(head: Head, target: Target) -> str:
+    """How a head weighs findings that are present against those that are absent, in words."""
+    from embcache.probe.stack import TrainedHead
+
+    if isinstance(head, TrainedHead) and target.loss == "weighted-bce":
+        return "the loss weighs present ones by the ratio of absent to present"
+    alike = "present and absent ones weigh alike, finding by finding"
+    return alike if head.weighs and not isinstance(head, TrainedHead) else "present and absent ones have no weights"
 
 
 def imbalance(head: Head) -> str:
