@@ -494,7 +494,8 @@ def _print_audit(found: Audit, ds: ImageDataset, show: int) -> None:
     kinds = ("across splits", "across groups", "within a group")
     counts = ", ".join(f"{sum(p.kind == kind for p in found.pairs):,} {kind}" for kind in kinds)
     differing = sum(not p.same_label for p in found.pairs)
-    echo(f"\nnear-duplicates: {len(found.pairs):,} pairs ({counts}), {differing:,} of them with different labels")
+    labels = "values" if found.residuals is not None else "labels"
+    echo(f"\nnear-duplicates: {len(found.pairs):,} pairs ({counts}), {differing:,} of them with different {labels}")
     rows = [[p.one, p.other, f"{p.similarity:.4f}", p.kind, "" if p.same_label else "other label"] for p in found.pairs]
     table(["image", "image", "similarity", "", ""], rows)
     judge, errors, number = found.judge, found.label_errors, ds.kind == "number"

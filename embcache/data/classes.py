@@ -6,8 +6,6 @@ All of them are other questions to the same images, groups and cached features.
 from __future__ import annotations
 
 import difflib
-import itertools
-import math
 import re
 import shlex
 from collections import Counter
@@ -19,6 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
+from embcache.data.columns import FEW_NUMBERS, MAX_VALUES, NO_VALUE, numbers_of
+from embcache.data.columns import Column as Column
+from embcache.data.columns import column_values as column_values
+from embcache.data.columns import columns as columns
 from embcache.data.groups import may_name_people, overlap_notes
 from embcache.data.label_texts import class_order as class_order
 from embcache.data.label_texts import label_notes as label_notes
@@ -33,26 +35,16 @@ from embcache.targets.findings import (
     PRESENT,
     UNCERTAIN,
     UNKNOWN,
+    present_in_any,
     read_columns,
     read_list,
     separator_of,
 )
-from embcache.targets.number import MAX_AGE, as_number, is_age, read_numbers
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
 
-MAX_VALUES = 20
-"""A column of text with more distinct values names things (a file, a patient) rather than groups of images."""
-
 MOST_FINDINGS = 100
-
-FEW_NUMBERS = 5
-"""A column of numbers with so many distinct values or fewer is taken value by value."""
-
-AGE_BANDS = ((18.0, "<18"), (40.0, "18-39"), (60.0, "40-59"), (80.0, "60-79"), (math.inf, "80+"))
-
-_NO_VALUE = {"", "nan", "none", "null", "na", "n/a"}
 
 
 # Classes left out or merged
@@ -73,10 +65,17 @@ def refuse_unclear(ds: ImageDataset) -> None:
 
 def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
     """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
-    target = ref.target or ds.ref.target  # a table without a column of labels keeps what it was loaded for
+    target = (
+        ds.ref.target if ref.target is None else ref.target
+    )  # a table without a column of labels keeps what it was loaded for
     task = ref.task or (ds.ref.task if target == ds.ref.target else None)
     if target is not None or task is not None:
         ds = retarget(ds, target, task, uncertain=ref.uncertain, unmentioned=ref.unmentioned)
+    if ds.kind != "findings" and (ref.uncertain, ref.unmentioned) != ("unknown", "unknown"):
+        raise UsageError(
+            "--uncertain and --unmentioned are for findings", code="unused-option", found=f"{ds.name}: {ds.task.nouns}",
+            fix="--task findings, or leave them out",
+        )  # fmt: skip
     merge = [text for text in ref.merge_class if text not in ds.ref.merge_class]  # the others were merged at loading
     if not (ref.drop_class or merge):
         return ds
@@ -124,7 +123,8 @@ def new_names(ds: ImageDataset, drop: Iterable[str], merge: Mapping[str, Iterabl
     if len(left) < (1 if ds.kind == "findings" else 2):
         raise UsageError(
             f"fewer than two classes of {ds.name} would be left", code="too-few-classes",
-            expected="two classes or more", found=", ".join(left) or "none",
+            expected=f"{'one finding' if ds.kind == 'findings' else 'two classes'} or more",
+            found=", ".join(left) or "none",
             fix="drop or merge fewer of " + ", ".join(ds.class_names),
         )  # fmt: skip
     return {name: new[name] for name in ds.class_names if name in new}
@@ -163,9 +163,7 @@ def _rename_findings(
             "a column of the table has the name of a merged finding", code="class-name-taken", found=taken[0],
             expected="a new name", where="--merge-class", fix=f"--merge-class {'+'.join(members[taken[0]])}=NEW",
         )  # fmt: skip
-    together = {new: np.stack([y[name] for name in own]) for new, own in members.items()}
-    # Present where any is, absent where all are: what is not known of one may be present.
-    columns = {new: np.where((v == 1).any(0), 1, np.where((v == 0).all(0), 0, -1)) for new, v in together.items()}
+    columns = {new: present_in_any(np.stack([y[name] for name in own])) for new, own in members.items()}
     notes = [f"finding {name} is left out" for name in names if not names[name]]
     notes += [f"findings {', '.join(own)} are one finding, {new}" for new, own in members.items() if len(own) > 1]
     table = ds.table.assign(label=np.where(_any_known(columns), 0, -1).astype(np.int64), **columns)
@@ -240,54 +238,6 @@ def _by_new_name(names: Mapping[str, str]) -> tuple[dict[str, list[str]], list[s
     for old in sorted(names):
         members.setdefault(names[old], []).append(old)
     return members, members.pop("", [])
-
-
-# Other columns: subgroups of images, or the labels. A view position that frozen features predict with an AUC of 0.99 is
-# a shortcut; a score that falls by thirty points in one age band is a finding too.
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column as groups of images."""
-
-    name: str
-    values: tuple[str, ...]
-    of: NDArray[np.object_]  # (n,); value of each image; ``""`` where it has none
-    notes: tuple[str, ...] = ()  # how the values were made
-
-
-def columns(ds: ImageDataset) -> tuple[str, ...]:
-    """Names of the dataset's own columns: those beside id, path, place, label, group and split."""
-    return tuple(str(name) for name in ds.table.columns if name not in COLUMNS)
-
-
-def column_values(ds: ImageDataset, column: str) -> Column:
-    """The values of a column: text as it is, ages in bands, other numbers in quartiles."""
-    own = columns(ds)
-    add = None if own else "add columns to the table of your images (docs/results.md), or use another dataset"
-    name = match_column(column, own, ds.name, fix=add)
-    texts = [as_text(value) for value in ds.table[name].tolist()]
-    texts = ["" if text.lower() in _NO_VALUE else text for text in texts]
-    known = set(texts) - {""}
-    if not known:
-        raise DatasetError(
-            f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
-        )
-    # A number that names a patient (3459) is not more than another.
-    numbers = None if re.search(r"(^|[^a-z])id$", name.lower()) else _numbers(texts)
-    if numbers is not None and is_age(name):
-        return _ages(name, numbers)
-    if numbers is not None and len(known) > FEW_NUMBERS:
-        return _quartiles(name, numbers, ds.table["split"].to_numpy(dtype=object) == "train")
-    values = class_order(known)
-    if len(values) > MAX_VALUES:
-        raise DatasetError(
-            f"column {name!r} of {ds.name} has too many values to make groups of images", code="column-values",
-            expected=f"numbers, or at most {MAX_VALUES} distinct values",
-            found=f"{len(values):,}" + ("" if may_name_people(name) else f" ({first_few(values, 3)})"),
-            fix="another column: " + ", ".join(c for c in own if c != name),
-        )  # fmt: skip
-    return Column(name, values, np.array(texts, dtype=object))
 
 
 def retarget(
@@ -412,7 +362,7 @@ def _settled(ds: ImageDataset, name: str) -> bool:
 
 def _texts(ds: ImageDataset, name: str) -> list[str]:
     texts = [as_text(value) for value in ds.table[name].tolist()]
-    absent = _NO_VALUE - {"none"} | ({"-1"} if _settled(ds, name) else set())
+    absent = NO_VALUE - {"none"} | ({"-1"} if _settled(ds, name) else set())
     texts = ["" if text.lower() in absent else text for text in texts]
     if not any(texts):
         raise DatasetError(
@@ -438,10 +388,13 @@ def guess_task(texts: Mapping[str, Sequence[str]]) -> tuple[str, str]:
         return "findings", f"{len(texts)} columns, one finding each"
     ((name, values),) = texts.items()
     known = set(values) - {""}
-    if re.search(r"(^|[^a-z])id$", name.lower()) is None and _numbers(list(values), infinite=True) is not None:
-        if len(known) > FEW_NUMBERS or _numbers(list(values)) is None:  # reading refuses what is infinite
+    if re.search(r"(^|[^a-z])id$", name.lower()) is None and numbers_of(list(values), infinite=True) is not None:
+        if len(known) > FEW_NUMBERS or numbers_of(list(values)) is None:  # reading refuses what is infinite
             return "number", f"it holds {len(known):,} distinct numbers"
         return "classes", f"it holds {len(known):,} distinct numbers"
+    wrong = [value for value in known if numbers_of([value]) is None]
+    if len(known) > MAX_VALUES and len(wrong) <= len(known) // 10:  # reading names them
+        return "number", f"all but {len(wrong):,} of its {len(known):,} distinct values are numbers"
     if separator := separator_of(values):
         return "findings", f"its values are lists with {separator!r} between findings"
     return "classes", f"it holds {len(known):,} distinct texts"
@@ -458,7 +411,16 @@ class _Reading:
 def _read_classes(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtful: tuple[str, str]) -> _Reading:
     name, values = _one(texts, "classes")
     found = Column(name, ds.class_names, np.array(values, dtype=object))
-    found = found if name == "label" else column_values(ds, name)
+    if name != "label":
+        distinct = set(values) - {""}
+        if len(distinct) > MAX_VALUES and numbers_of(values) is None:
+            raise DatasetError(
+                f"column {name!r} of {ds.name} has too many values for classes", code="column-values",
+                expected=f"at most {MAX_VALUES} distinct values, or numbers", where=ds.origin or ds.root,
+                found=f"{len(distinct):,}" + ("" if may_name_people(name) else f" ({first_few(sorted(distinct), 3)})"),
+                fix=("another column", "--task number", "--task findings where it lists them"),
+            )  # fmt: skip
+        found = column_values(ds, name, NO_VALUE - {"none"})  # which may be a grade
     seen = set(found.of[_training(ds)].tolist())
     names = tuple(value for value in found.values if value in seen)
     _check_varies(ds, name, names)
@@ -492,8 +454,10 @@ def _read_findings(ds: ImageDataset, texts: Mapping[str, Sequence[str]], doubtfu
     if len(texts) == 1:
         ((name, values),) = texts.items()
         separator = separator_of(values)
+        decimal = any(re.fullmatch(r"[+-]?\d*,\d+", value) for value in values)
         if separator or (
-            _numbers(list(values)) is None
+            not decimal
+            and numbers_of(list(values)) is None
             and {value.casefold() for value in values} - (PRESENT | ABSENT | UNCERTAIN | UNKNOWN)
         ):
             values = [text or "No finding" for text in values] if doubtful[1] == "zero" else values
@@ -579,37 +543,3 @@ def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:
         doubtful = {name: task.get(name, "unknown") for name in ("uncertain", "unmentioned")}
         ds = retarget(ds, request.get("target"), kind, loss=task.get("loss", "softmax"), **doubtful)
     return rename_classes(ds, request.get("classes", {}))
-
-
-def _numbers(texts: Sequence[str], *, infinite: bool = False) -> NDArray[np.float64] | None:
-    """The texts as numbers, NaN where empty; None unless every one that is not empty is a (finite) number."""
-    try:
-        numbers = np.array([as_number(text) for text in texts], dtype=np.float64)
-    except ValueError:
-        return None
-    return None if np.isinf(numbers).any() and not infinite else numbers
-
-
-def _ages(name: str, ages: NDArray[np.float64]) -> Column:
-    possible = (ages >= 0) & (ages <= MAX_AGE)
-    of = np.full(len(ages), "", dtype=object)
-    for upper, band in reversed(AGE_BANDS):
-        of[possible & (ages < upper)] = band
-    present = set(of.tolist())
-    impossible = int((~np.isnan(ages) & ~possible).sum())
-    notes = (f"{impossible:,} images have no {name}: theirs is below 0 or above {MAX_AGE:g}",) if impossible else ()
-    return Column(name, tuple(band for _, band in AGE_BANDS if band in present), of, notes)
-
-
-def _quartiles(name: str, numbers: NDArray[np.float64], training: NDArray[np.bool_]) -> Column:
-    known = ~np.isnan(numbers)
-    basis = numbers[known & training] if (known & training).any() else numbers[known]
-    cuts = [float(cut) for cut in np.unique(np.quantile(basis, (0.25, 0.5, 0.75), method="lower")) if cut < basis.max()]
-    names = [f"up to {cuts[0]:g}"] if cuts else ["any"]
-    names += [f"over {low:g} to {high:g}" for low, high in itertools.pairwise(cuts)]
-    names += [f"over {cuts[-1]:g}"] if cuts else []
-    band = np.searchsorted(np.array(cuts), numbers, side="left")  # NaN sorts last, beyond the names
-    of = np.array([names[b] if there else "" for b, there in zip(band, known, strict=True)], dtype=object)
-    present = set(of.tolist())
-    note = f"{name} is cut at quarters of the images with the split train: {', '.join(f'{cut:g}' for cut in cuts)}"
-    return Column(name, tuple(n for n in names if n in present), of, (note,) if cuts else ())

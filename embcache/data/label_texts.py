@@ -11,6 +11,7 @@ from pathlib import Path
 from embcache.errors import DatasetError, UsageError, first_few
 from embcache.targets.findings import SEPARATORS
 
+_DECIMAL = re.compile(r"[+-]?[0-9]*[.,][0-9]+")
 _MISSING_WORDS = {"nan", "na", "n/a", "null", "<na>"}
 
 
@@ -29,7 +30,8 @@ def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Seq
     if unknown:
         raise DatasetError(
             f"unknown label in {len(unknown):,} rows", code="unknown-label",
-            expected=" or ".join(class_names) + ", or empty for unlabeled", found=first_few(unknown), where=where,
+            expected=" or ".join(class_names[:20]) + ", or empty for unlabeled", found=first_few(unknown), where=where,
+            fix=("correct them", "--task number, or ordinal, where labels are numbers that training need not have"),
         )  # fmt: skip
     return [number[label] for label in labels]
 
@@ -54,15 +56,18 @@ def unclear_labels(labels: Sequence[str], class_names: Sequence[str]) -> list[tu
         name: counts[name]
         for name in class_names
         for s in SEPARATORS
-        if s in name and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
+        if s in name
+        and not _DECIMAL.fullmatch(name)
+        and (s == "|" or any(p.strip() in counts or parts[p.strip()] > 1 for p in name.split(s)))
     }
     if several:
         note = f"{sum(several.values()):,} labels seem to hold several findings ({first_few(list(several), 2)}): each "
         note += "combination is one class; --task findings predicts each of them"
         notes.append((note, "findings"))
-    decimals = [name for name in class_names if re.fullmatch(r"[+-]?[0-9]*[.,][0-9]+", name)]
+    decimals = [name for name in class_names if _DECIMAL.fullmatch(name)]
     if len(decimals) > max(2, len(class_names) // 2):
         note = f"labels are decimals ({first_few(decimals, 2)}), and each value is a class; --task number predicts them"
+        note += ", once they are written with a point" if any("," in name for name in decimals) else ""
         notes.append((note, "number"))
     single = sum(n == 1 for n in counts.values())
     if single > max(10, len(counts) // 2) and not decimals:

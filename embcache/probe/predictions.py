@@ -141,7 +141,8 @@ def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:
     groups, why = group_rows(predictions)
     if groups is None:
         return {"why": why} if why else {}
-    mixed = len(set(predictions.groups.tolist())) - len(groups.ids)
+    one_label = predictions.task.kind not in ("findings", "number")  # of others only what is unknown is left out
+    mixed = len(set(predictions.groups.tolist())) - len(groups.ids) if one_label else 0
     estimated = groups.estimate(metric).to_json()
     one = ensemble_scores(group_ensemble(predictions), metric)
     found = {"groups": len(groups.ids), "estimate": estimated, "ensemble": one}

@@ -575,7 +575,8 @@ def _draw(orders: Sequence[IntArray], n: int | None, where: str, ds: ImageDatase
     least = len(orders) if ds.task.kind == "number" else len(ds.class_names)
     if n is not None and not least <= n <= there:
         raise ProtocolError(
-            f"{n} training images are more than {ds.name} has, or fewer than its {ds.task.nouns}",
+            f"{n} training images are more than {ds.name} has, or fewer than "
+            + ("the parts of its values" if ds.task.kind == "number" else f"its {ds.task.nouns}"),
             code="subset-too-large" if n > there else "subset-too-small",
             expected=f"{least} to {there} training images", found=str(n), where=where, fix="--subset F takes all",
         )  # fmt: skip

@@ -348,7 +348,8 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[s
         notes.append(f"the labels of the {len(plan.test)} test images are not known: predictions are kept, not scored")
     n_classes = len(ds.class_names)
     if ds.task.kind == "findings":
-        notes.append(f"findings that are not known are left out of training and scores; {weighing(head, ds.task)}")
+        unknown = "findings that are not known are left out of training and scores; " * bool((ds.labels < 0).any())
+        notes.append(f"{unknown}{weighing(head, ds.task)}")
     elif ds.task.kind != "number" and not all(
         is_balanced(plan.labels[plan.train[f, subset]], n_classes) for f in range(plan.n_folds)
     ):

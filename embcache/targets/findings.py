@@ -126,13 +126,18 @@ class Findings(Target):
         return np.asarray(logits.max(axis=1))
 
     def group_value(self, y: NDArray[Any]) -> Any:
-        """Present where it is in any row, else absent where it is known of any."""
-        return y.max(axis=0)
+        """Present where it is in any row, absent where it is in all, else unknown."""
+        return present_in_any(y)
 
     def baseline(self, train: NDArray[Any], test: NDArray[Any]) -> FloatArray:
         """The share of each finding in training."""
         present, absent = ((train == value).sum(0) + 0.5 for value in (1, 0))
         return np.tile(np.log(present / absent), (len(test), 1))
+
+
+def present_in_any(y: NDArray[Any]) -> IntArray:
+    """Values (m, …) joined over the first axis: 1 where any is, 0 where all are, else −1: what may be present."""
+    return np.where((y == 1).any(0), 1, np.where((y == 0).all(0), 0, -1))
 
 
 def read_columns(

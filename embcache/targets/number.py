@@ -146,7 +146,10 @@ def read_numbers(name: str, texts: Sequence[str], *, where: object = None) -> tu
         raise DatasetError(
             f"column {name!r} holds other values than finite numbers", code="not-a-number", where=where,
             expected="numbers such as 3.5, or empty for unknown", found=first_few(list(dict.fromkeys(wrong)), 4),
-            fix=f"correct {len(wrong):,} cells, leave them empty, or --task classes",
+            fix=(
+                "write decimals with a point: 1.5 for 1,5" if all(re.fullmatch(r"[+-]?\d*,\d+", w) for w in wrong)
+                else f"correct {len(wrong):,} cells, leave them empty, or --task classes"
+            ),
         )  # fmt: skip
     notes = list[str]()
     if is_age(name) and (impossible := (y < 0) | (y > MAX_AGE)).any():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from embcache.config import DatasetRef
-from embcache.data.classes import as_in_run, refuse_unclear, retarget
+from embcache.data.classes import as_in_run, refuse_unclear, retarget, task_flags
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.errors import DatasetError, ProtocolError, UsageError
 from embcache.probe.predictions import group_ensemble
@@ -174,6 +174,57 @@ def test_a_finding_that_is_too_rare_is_named_and_can_be_left_out(tmp_path: Path,
     assert back.class_names == ("common",)
     merged = ds.with_classes(merge={"any": ["common", "rare"]})
     np.testing.assert_array_equal(merged.labels[:, 0], ds.labels.max(1))
+    unsure = replace(ds, table=ds.table.assign(rare=-1)).with_classes(merge={"any": ["common", "rare"]})
+    np.testing.assert_array_equal(unsure.labels[:, 0], np.where(ds.labels[:, 0] == 1, 1, -1))
+
+
+def test_grades_of_a_column_are_read_again_as_grades(tmp_path: Path, home: Path) -> None:
+    file = write_table(
+        tmp_path / "seven", {"label": ["ab"[k % 2] for k in range(N)], "grade": [k % 7 for k in range(N)]}
+    )
+    ds = load_dataset("folder", file, name="seven")
+    put_store(home, ds, "a", make_features(ds, 4))
+    result = probe_features(ds, "a", subset=20, target="grade", task="ordinal", loss="softmax", home=home)
+    assert result.request["task"] == {"kind": "ordinal", "loss": "softmax"}
+    assert as_in_run(ds, result.request).class_names == result.class_names == tuple("0123456")
+    assert task_flags(result.request) == ["--target", "grade", "--task", "ordinal", "--loss", "softmax"]
+    own = [probe_features(ds, "a", subset=20, head="knn", task=task, home=home).id for task in (None, "ordinal")]
+    assert own[0].partition("-")[0] == own[1].partition("-")[0] == "knn"
+
+
+def test_labels_that_only_the_test_set_has_may_be_numbers(tmp_path: Path) -> None:
+    values = [20 + k // 2 for k in range(N)]
+    file = write_table(tmp_path / "whole", {"label": values})
+    with refused(DatasetError, "unknown-label") as caught:
+        load_dataset("folder", file)
+    assert "--task number" in str(caught.value.fix)
+    assert load_dataset("folder", file, task="number").labels.tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        (["1,5", "2,5", "3,7"] * 40, "task-unclear"),
+        ([*range(N - 1), "inf"], "not-a-number"),
+        ([*range(N - 1), "ten"], "not-a-number"),
+        ([f"scan {k}" for k in range(N)], "task-unclear"),
+    ],
+)
+def test_columns_that_hold_something_else_are_not_guessed_to_be_classes(
+    tmp_path: Path, values: list[Any], code: str
+) -> None:
+    cells = [f'"{value}"' for value in values]
+    file = write_table(tmp_path / "odd", {"label": ["ab"[k % 2] for k in range(N)], "x": cells})
+    with refused(DatasetError if code == "not-a-number" else UsageError, code):
+        load_dataset("folder", file, target="x")
+
+
+def test_a_grade_called_none_is_a_grade(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "none", {"label": ["ab"[k % 2] for k in range(N)], "dr": ["none", "mild"] * (N // 2)})
+    ds = load_dataset("folder", file, target="dr")
+    assert ds.class_names == ("mild", "none")
+    with refused(UsageError, "unused-option"):
+        load_dataset("folder", file, target="dr", uncertain="zero")
 
 
 @pytest.mark.parametrize("target", ["edema,mass", "age"])
@@ -196,7 +247,9 @@ def test_patients_have_the_maximum_of_findings_and_the_mean_of_numbers(cached: I
             own = found.groups == name
             joined = np.max if target != "age" else np.mean
             np.testing.assert_allclose(groups.logits[:, row], joined(found.logits[:, own], axis=1), rtol=1e-12)
-            np.testing.assert_allclose(groups.labels[row], joined(found.labels[own], axis=0))
+            y = found.labels[own]
+            whole = np.where((y == 1).any(0), 1, np.where((y == 0).all(0), 0, -1)) if target != "age" else y.mean()
+            np.testing.assert_allclose(groups.labels[row], whole)
             p = found.p[:, own].mean(0)  # of the models
             np.testing.assert_allclose(one.p[0, row], joined(p, axis=0), rtol=1e-6)
 

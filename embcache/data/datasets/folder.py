@@ -333,8 +333,8 @@ def read_label_table(file: Path, name: str, ref: DatasetRef = DatasetRef()) -> I
         used -= {label}  # a target by that name is its values
     for each in (c for c in given.columns if c not in used):
         cells["source_" + each if each in COLUMNS else each] = given[each].tolist()
-    # Without a column of labels the target is remembered.
-    ref = ref if "label" not in found else replace(ref, target=None, task=None)
+    if "label" in found:  # else the target is remembered
+        ref = replace(ref, target=None)
     return _dataset(file.parent, name, cells, labels, ref, notes, file)
 
 
@@ -354,7 +354,8 @@ def _dataset(
     labels = [merged.get(label, label) for label in labels] if merged else labels
     class_names = class_order(label for label, split in zip(labels, cells["split"], strict=True) if split == "train")
     every = class_order(labels)
-    if len(every) > len(class_names) and unclear_labels(labels, every):
+    other = ref.task not in (None, "classes")
+    if len(every) > len(class_names) and (other or unclear_labels(labels, every)):
         class_names = every  # no classes at all, perhaps: `refuse_unclear` asks before training
     numbers = label_numbers(labels, class_names, ids=cells["id"], where=where)
     if len(class_names) < 2 and (class_names or table is None):
