@@ -40,6 +40,7 @@ from embcache.targets.findings import (
     read_list,
     separator_of,
 )
+from embcache.targets.number import read_numbers
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset

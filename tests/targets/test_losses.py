@@ -203,7 +203,8 @@ def test_values_of_a_group() -> None:
     assert make_target("classes", "ab").group_value(np.array([1, 1])) == 1
     assert make_target("ordinal", "ab").group_value(np.array([1, 0])) == -1
     findings = make_target("findings", "abc")
-    assert findings.group_value(np.array([[0, -1, 0], [1, -1, -1]])).tolist() == [1, -1, 0]
+    assert findings.group_value(np.array([[0, -1, 0], [1, -1, -1]])).tolist() == [1, -1, -1]
+    assert findings.group_value(np.array([[0, 0, 1], [0, -1, -1]])).tolist() == [0, -1, 1]
     assert make_target("number", ["n"]).group_value(np.array([1.0, 4.0])) == 2.5
     assert findings.of_group(np.array([[[0.0, 1, 2], [3, -1, 1]]])).tolist() == [[3, 1, 2]]
     assert math.isclose(make_target("number", ["n"]).of_group(np.array([[[1.0], [4.0]]]))[0, 0], 2.5)
