@@ -263,7 +263,7 @@ def _parameters(target: Target, y: NDArray[Any], n: int) -> dict[str, Tensor]:
     constants = target.constants(y)
     assert set(constants) <= set(CONSTANTS), f"constants are called {', '.join(CONSTANTS)}, not {set(constants)}"
     every = {**constants, **target.init()}
-    assert all(p.dtype.itemsize == 4 and p.isfinite().all() for p in every.values()), "parameters are finite float32"
+    assert all(p.is_floating_point() and p.isfinite().all() for p in every.values()), "parameters are finite floats"
     return {name: p.expand(n, *p.shape) for name, p in every.items()}
 
 

@@ -29,7 +29,7 @@ from embcache.data.label_texts import merge_example, merges_of, names_in, unclea
 from embcache.data.label_texts import same_but_for_case as same_but_for_case
 from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, check_choice, first_few
-from embcache.targets import declared, targets
+from embcache.targets import declared
 from embcache.targets.findings import (
     ABSENT,
     PRESENT,
@@ -273,7 +273,7 @@ def retarget(
         What empty values of findings are.
     """
     if task is not None:
-        check_choice("--task", task, targets)
+        check_choice("--task", task, _READ)
     check_choice("--uncertain", uncertain, ("unknown", "zero", "one"))
     check_choice("--unmentioned", unmentioned, ("unknown", "zero"))
     names = [] if target is None else _columns_of(ds, target)
