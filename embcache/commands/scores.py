@@ -226,7 +226,7 @@ def _print_run(found: Described) -> None:
     if found.findings:
         _print_findings(found)
     if result.baseline:
-        scored = [f"{metric_title(key)} {value:.4f}" for key, value in result.baseline.items() if value is not None]
+        scored = [f"{metric_title(key)} {value:.4f}" for key, value in result.baseline.items()]
         echo(f"\nBaseline, what training labels say without features: {', '.join(scored)}")
     if found.operating_points:
         _print_operating_points(found)

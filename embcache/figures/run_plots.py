@@ -28,7 +28,6 @@ KINDS = (*OF_CLASSES, *OF_NUMBERS)
 MOST_CLASSES = 10
 """Classes, or findings, of a figure of curves: of more, those with the most test images."""
 
-OF_NUMBER = ("mae", "rmse", "r2", "pearson", "spearman")
 _THESE = "in brackets: 95 % interval, new patients and these models"
 _BANDS = 4  # classes up to which bands can be distinguished
 _EACH = {"class": "each class against the rest", "finding": "each finding on the images of which it is known"}
@@ -265,7 +264,7 @@ def _numbers(tested: Tested, kind: str, title: str, targets: Sequence[Path]) -> 
     one, k = predictions.ensemble(), len(predictions.logits)
     name, predicted, y = one.class_names[0], one.p[0, :, 0], one.labels
     agreement = agreement_of(predicted - y)
-    scores = {key: (predictions.estimate(key), one.estimate(key)) for key in OF_NUMBER}
+    scores = {key: (predictions.estimate(key), one.estimate(key)) for key in predictions.task.metrics}
     models = f"ensemble of {k} models" if k > 1 else "one model"
     if kind == "scatter":
         words = ", ".join(f"{metric_title(key)} {_score(scores[key][1])}" for key in ("r2", "mae"))

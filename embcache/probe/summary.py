@@ -131,15 +131,13 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> 
 
 def _baseline(
     cell: RunCell, trained: Sequence[NDArray[np.int64]], test: Predictions, result: Result
-) -> dict[str, float | None]:
-    """Scores of what training rows say without features: of findings and numbers, whose scale is not known without."""
-    keys = {"findings": ("auprc", "micro_auprc", "brier"), "number": ("mae", "rmse", "r2")}.get(test.task.kind, ())
+) -> dict[str, float]:
+    """Scores of what training rows say without features, where the target's metrics need one to be read."""
     y = cell.splits[0].labels
     each = [test.task.baseline(y[rows], test.labels) for rows in trained]
-    return {
-        key: _mean([known(score(key, test.labels, z, 1, test.task)) for z in each])
-        for key in dict.fromkeys((*keys, *([result.metric] if keys else [])))
-    }
+    keys = dict.fromkeys((*test.task.metrics, result.metric)) if test.task.metrics else ()
+    scores = {key: _mean([known(score(key, test.labels, z, 1, test.task)) for z in each]) for key in keys}
+    return {key: value for key, value in scores.items() if value is not None}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

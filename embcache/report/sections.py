@@ -46,10 +46,6 @@ _MOST_COLUMNS = 8  # of a dataset's table that make subgroups
 _MOST_CLASSES = 6  # of more than two whose calibration is shown: those of most test images
 _OTHERS = ("auc", "accuracy", "balanced_accuracy", "auprc", "f1", "mcc", "brier", "log_loss")
 """Metrics of the chosen model in addition to the one that chose it, where no others are named."""
-_OF_KIND: dict[str, Sequence[str]] = {
-    "findings": ("macro_auc", "micro_auc", "auprc", "micro_auprc", "balanced_accuracy", "f1", "brier"),
-    "number": ("mae", "rmse", "r2", "pearson", "spearman"),
-}
 _GRADES = ("kappa", "mae")
 _MOST_POINTS = 5_000  # of a chart of numbers
 
@@ -282,7 +278,7 @@ def _others(task: Task, best: Rival) -> Table:
         usual = [*_GRADES, *usual]
     known = best.result.baseline
     rows = []
-    for m in task.others or _OF_KIND.get(task.of.kind, usual):
+    for m in task.others or task.of.metrics or usual:
         if m == task.metric and m not in known:
             continue
         row = {"metric": _header(best, m), **{name: _estimated(p.estimate(m), why) for name, p in ways.items()}}

@@ -440,11 +440,6 @@ def _equal_bins(p: FloatArray) -> list[NDArray[np.int64]]:
 USUAL = ("auc", "kappa", "mae", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "log_loss")
 """Scores that are shown in addition to the run's own; `auc` is the macro one for more than two classes."""
 
-_OF_KIND = {
-    "findings": ("macro_auc", "auprc", "micro_auc", "micro_auprc", "f1", "brier"),
-    "number": ("mae", "rmse", "r2", "pearson", "spearman"),
-}
-
 
 @dataclass(frozen=True, eq=False)
 class Described:
@@ -472,9 +467,9 @@ def describe(
     """Measure a run's saved predictions; nothing is trained and the run is not changed."""
     names, chosen = result.class_names, positive or result.positive or None
     number = positive_class(names, chosen)
-    has_positive = chosen is not None or (len(names) == 2 and result.task.kind not in _OF_KIND)
+    has_positive = chosen is not None or (len(names) == 2 and not result.task.metrics)
     result = replace(result, positive=names[number] if has_positive else "")
-    if adjust and result.task.kind in _OF_KIND:
+    if adjust and result.task.metrics:
         raise UsageError(
             f"--prevalence and --calibrate are for classes, and run {result.id} predicts {result.task.nouns}",
             code="not-classes", found=first_few(names), fix="leave them out",
@@ -489,8 +484,8 @@ def describe(
         except EmbcacheError as error:  # its package may be gone
             asked, unknown = [*USUAL], [f"the run's own score was not measured again: {error.problem}"]
     kind = result.task.kind
-    if kind in _OF_KIND and not metrics:
-        asked = [*asked[:1], *_OF_KIND[kind]]
+    if result.task.metrics and not metrics:
+        asked = [*asked[:1], *result.task.metrics]
     measures = [find_metric(m, result.task) for m in asked]
     for measure in measures if metrics else ():
         check_order(measure, result.task)
@@ -502,7 +497,7 @@ def describe(
     found = Described(
         result,
         scores={key: all_estimates(test, key) for key in keys},
-        confusion=[] if kind in _OF_KIND else confusion(test.labels, test.ensemble().logits[0]).tolist(),
+        confusion=[] if result.task.metrics else confusion(test.labels, test.ensemble().logits[0]).tolist(),
         findings=each_finding(test) if kind == "findings" else {},
         notes=unknown + ([f"no scores by patient: {result.by_group['why']}"] if "why" in result.by_group else []),
     )

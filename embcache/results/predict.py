@@ -124,8 +124,7 @@ class ImagePredictions:
         chances = {f"p_{name}": None if p is None else float(p[c]) for c, name in enumerate(self.class_names)}
         adjusted = {"adjusted": self.adjusted} if self.adjusted else {}
         if self.task.kind == "findings" and p is not None:
-            present = [name for name, chance in zip(self.class_names, p, strict=True) if chance > 0.5]
-            return {"prediction": "|".join(present) or "none", **chances}
+            return {"prediction": self.task.words((p > 0.5).astype(np.int64)), **chances}
         return {"prediction": "" if p is None else self.class_names[int(p.argmax())], **chances, **adjusted}
 
     def to_csv(self) -> str:

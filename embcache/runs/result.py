@@ -173,7 +173,7 @@ class Result:
     # by patient: ``groups``, ``estimate``, ``ensemble``, ``mixed`` (left out), or ``why`` there are none
     by_group: Mapping[str, Any] = field(default_factory=dict)
     # scores by the run's metric and others of what training rows say without features, mean over folds
-    baseline: Mapping[str, float | None] = field(default_factory=dict)
+    baseline: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> Target:

@@ -38,6 +38,7 @@ class Findings(Target):
     noun, nouns = "finding", "findings"
     losses = ("bce", "weighted-bce")
     metric = "macro_auc"
+    metrics = ("macro_auc", "micro_auc", "auprc", "micro_auprc", "balanced_accuracy", "f1", "brier")
     group_words = "the maximum of the probabilities of a patient's images; present where it is in any image"
 
     def __post_init__(self) -> None:

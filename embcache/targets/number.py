@@ -32,6 +32,7 @@ class Number(Target):
     noun, nouns = "number", "numbers"
     losses = ("squared", "huber")
     metric = "r2"
+    metrics = ("mae", "rmse", "r2", "pearson", "spearman")
     group_words = "the mean of the predictions for a patient's images, against the mean of their values"
 
     @property

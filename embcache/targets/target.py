@@ -48,6 +48,7 @@ class Target(ABC):
     nouns: ClassVar[str] = "classes"
     losses: ClassVar[tuple[str, ...]] = ()
     metric: ClassVar[str] = ""  # that chooses epochs by default
+    metrics: ClassVar[tuple[str, ...]] = ()  # that are shown, and scored of the baseline; empty for those of classes
 
     def __post_init__(self) -> None:
         if self.loss:
