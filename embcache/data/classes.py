@@ -29,7 +29,7 @@ from embcache.data.label_texts import merge_example, merges_of, names_in, unclea
 from embcache.data.label_texts import same_but_for_case as same_but_for_case
 from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, check_choice, first_few
-from embcache.targets import declared
+from embcache.targets import declared, targets
 from embcache.targets.findings import (
     ABSENT,
     PRESENT,
@@ -66,9 +66,8 @@ def refuse_unclear(ds: ImageDataset) -> None:
 
 def with_ref(ds: ImageDataset, ref: DatasetRef) -> ImageDataset:
     """The dataset with the target and the classes of a reference; see `retarget` and `ImageDataset.with_classes`."""
-    target = (
-        ds.ref.target if ref.target is None else ref.target
-    )  # a table without a column of labels keeps what it was loaded for
+    # A table without a column of labels keeps what it was loaded for.
+    target = ds.ref.target if ref.target is None else ref.target
     task = ref.task or (ds.ref.task if target == ds.ref.target else None)
     if target is not None or task is not None:
         ds = retarget(ds, target, task, uncertain=ref.uncertain, unmentioned=ref.unmentioned)
@@ -144,13 +143,17 @@ def rename_classes(ds: ImageDataset, names: Mapping[str, str]) -> ImageDataset:
     table = ds.table.assign(label=labels)[labels >= -1]
     notes = [note for note in ds.notes if note not in overlap_notes(ds.table)]
     notes += _rename_notes(ds, of) + (overlap_notes(table) if len(notes) < len(ds.notes) else [])
-    before = {**ds.renamed, **{name: name for name in ds.class_names if name not in ds.renamed.values()}}
-    renamed = {old: names.get(name, name) for old, name in before.items() if old in ds.renamed or name in names}
     metric = "auc" if ds.metric == "macro_auc" and len(class_names) == 2 else ds.metric
     return replace(
         ds, class_names=class_names, metric=metric, table=table, leaderboard_alpha=None, notes=tuple(notes),
-        renamed=renamed, whole=ds.whole or ds,
+        renamed=_renamed(ds, names), whole=ds.whole or ds,
     )  # fmt: skip
+
+
+def _renamed(ds: ImageDataset, names: Mapping[str, str]) -> dict[str, str]:
+    """New names on top of those given before, by the names of the dataset as it was loaded."""
+    before = {**ds.renamed, **{name: name for name in ds.class_names if name not in ds.renamed.values()}}
+    return {old: names.get(name, name) for old, name in before.items() if old in ds.renamed or name in names}
 
 
 def _rename_findings(
@@ -170,7 +173,7 @@ def _rename_findings(
     table = ds.table.assign(label=np.where(_any_known(columns), 0, -1).astype(np.int64), **columns)
     return replace(
         ds, class_names=kept, columns=kept, table=table, notes=(*ds.notes, *notes), whole=ds.whole or ds,
-        renamed={**ds.renamed, **names},
+        renamed=_renamed(ds, names),
     )  # fmt: skip
 
 
@@ -320,9 +323,7 @@ def retarget(
     if unknown:
         value = f"value of {_title(kept)}" if names else "label"
         notes.append(f"{unknown:,} of {len(ds):,} images have no {value} that training has")
-    metric = {"ordinal": "kappa", "findings": "macro_auc", "number": "r2"}.get(
-        task, "auc" if len(reading.names) == 2 else "macro_auc"
-    )
+    metric = "macro_auc" if task == "classes" and len(reading.names) > 2 else targets.get(task).metric
     table = ds.table.assign(label=np.asarray(label, dtype=np.int64), **columns)
     settled = task != "findings" or any(_settled(ds, name) for name in names)
     ref = ds.ref if settled else replace(ds.ref, uncertain=uncertain, unmentioned=unmentioned)
@@ -530,9 +531,11 @@ def task_of(ds: ImageDataset) -> dict[str, str]:
 
 
 def ref_of_run(ref: DatasetRef, request: Mapping[str, Any]) -> DatasetRef:
-    """How the dataset of a run is read: doubtful findings as the run had them."""
-    task = request.get("of", request).get("task", {})
-    return replace(ref, **{name: task[name] for name in ("uncertain", "unmentioned") if name in task})
+    """How the dataset of a run is read, where the run says how doubtful findings were."""
+    request = request.get("of", request)
+    task = request.get("task", {})
+    doubtful = {name: task[name] for name in ("uncertain", "unmentioned") if name in task}
+    return replace(ref, target=request.get("target"), task=task["kind"], **doubtful) if doubtful else ref
 
 
 def as_in_run(ds: ImageDataset, request: Mapping[str, Any]) -> ImageDataset:

@@ -127,6 +127,13 @@ def standardize(params: Tensors, backbone: str, x: Tensor) -> Tensor:
     return (x - params[f"standard.{backbone}.mean"][:, None]) / params[f"standard.{backbone}.scale"][:, None]
 
 
+def standard_rows(params: Tensors, x: Tensors) -> NDArray[np.float64]:
+    """Features (n, D) of one backbone by the means and scales (D,) of one head, in memory."""
+    ((backbone, features),) = x.items()
+    stacked = {name: p[None] for name, p in params.items()}
+    return np.asarray(standardize(stacked, backbone, features[None])[0].cpu().double().numpy())
+
+
 def standardized(x: ArrayLike, by: ArrayLike | None = None) -> NDArray[np.float32]:
     """Features (n, D) of which each is standardized by the rows ``by`` (m, D), by default by ``x`` itself."""
     rows, known = (torch.from_numpy(np.require(a, np.float32, ["C", "W"])) for a in (x, x if by is None else by))

@@ -156,9 +156,9 @@ class Target(ABC):
     def group_value(self, y: NDArray[Any]) -> Any:
         """The value of a group of images (m, …), as one row; unknown where they disagree."""
 
+    @abstractmethod
     def baseline(self, train: NDArray[Any], test: NDArray[Any]) -> FloatArray:
         """Logits (n, C) of test rows by what training rows say without any features."""
-        raise NotImplementedError
 
 
 CONSTANTS = ("target.mean", "target.scale", "target.positive")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from embcache.config import DatasetRef
-from embcache.data.classes import as_in_run, refuse_unclear, retarget, task_flags
+from embcache.data.classes import as_in_run, ref_of_run, refuse_unclear, retarget, task_flags
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.errors import DatasetError, ProtocolError, UsageError
 from embcache.probe.predictions import group_ensemble
@@ -176,6 +176,33 @@ def test_a_finding_that_is_too_rare_is_named_and_can_be_left_out(tmp_path: Path,
     np.testing.assert_array_equal(merged.labels[:, 0], ds.labels.max(1))
     unsure = replace(ds, table=ds.table.assign(rare=-1)).with_classes(merge={"any": ["common", "rare"]})
     np.testing.assert_array_equal(unsure.labels[:, 0], np.where(ds.labels[:, 0] == 1, 1, -1))
+
+
+def test_doubtful_findings_are_read_again_as_the_run_had_them(tmp_path: Path, home: Path) -> None:
+    doubt = [(-1, 1, 0)[k % 3] for k in range(N)]
+    columns = {"label": ["ab"[k % 2] for k in range(N)], "sure": [k // 2 % 2 for k in range(N)], "doubt": doubt}
+    file = write_table(tmp_path / "doubt", columns)
+    ref = DatasetRef(data_root=file, name="doubt", target="sure,doubt", uncertain="one")
+    ds = find_dataset("folder", ref, home)[0]
+    put_store(home, ds.whole or ds, "a", make_features(ds.whole or ds, 4))
+    result = probe_features(ds, "a", subset=20, home=home)
+    assert result.request["task"]["uncertain"] == "one"
+    plain = DatasetRef(data_root=file, name="doubt")
+    again = as_in_run(find_dataset("folder", ref_of_run(plain, result.request), home)[0], result.request)
+    np.testing.assert_array_equal(again.labels, ds.labels)
+    assert (again.labels[:, 1] == [d != 0 for d in doubt]).all()
+
+
+def test_changes_of_findings_on_top_of_others_are_read_again(tmp_path: Path) -> None:
+    file = write_table(
+        tmp_path / "three", {name: [k // n % 2 for k in range(N)] for name, n in zip("abc", (1, 2, 3), strict=True)}
+    )
+    ds = load_dataset("folder", file, target="a,b,c")
+    changed = ds.with_classes(merge={"ab": ["a", "b"]}).with_classes(drop=["ab"])
+    assert changed.class_names == ("c",)
+    again = as_in_run(load_dataset("folder", file, target="a,b,c"), {"classes": changed.renamed})
+    np.testing.assert_array_equal(again.labels, changed.labels)
+    assert again.class_names == ("c",)
 
 
 def test_grades_of_a_column_are_read_again_as_grades(tmp_path: Path, home: Path) -> None:

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from embcache.cores import threads_for
 from embcache.errors import ProtocolError, check_number
-from embcache.probe.heads.solved import ABSENT
-from embcache.probe.layers import Params, Tensors, affine, standard_params, standardize
+from embcache.probe.heads.solved import ABSENT, SolvedLinear
+from embcache.probe.layers import Tensors, standard_params, standard_rows
 from embcache.probe.metrics import Metric, scorer
-from embcache.probe.stack import ClosedFormHead, Solution
+from embcache.probe.stack import Solution
 from embcache.targets import target_of
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Ridge(ClosedFormHead):
+class Ridge(SolvedLinear):
     """L2-regularized least squares on standardized features with an intercept, its strength chosen on validation.
 
     Of a number, its values; of classes and findings 1 for and −1 against each, like scikit-learn's
@@ -47,14 +47,8 @@ class Ridge(ClosedFormHead):
         self, x: Tensors, y: Tensor, x_val: Tensors | None, y_val: Tensor | None, n_classes: int, metric: str | Metric
     ) -> Solution:
         """Solve for every alpha and keep the best."""
-        ((backbone, features),) = x.items()
         params = standard_params(x)
-        stacked = {name: p[None] for name, p in params.items()}
-
-        def rows(part: Tensor) -> Array:
-            return np.asarray(standardize(stacked, backbone, part[None])[0].cpu().double().numpy())
-
-        values, train = y.cpu().numpy(), rows(features)
+        values, train = y.cpu().numpy(), standard_rows(params, x)
         if not np.isfinite(train).all():
             raise ProtocolError(
                 "ridge regression cannot be solved", code="features-not-finite", expected="finite features",
@@ -66,19 +60,14 @@ class Ridge(ClosedFormHead):
         scale = 2.0 if values.ndim == 2 else 1.0
         best = int(np.argmin(np.abs(np.log(alphas))))
         if x_val is not None and y_val is not None and len(y_val):
-            held = rows(x_val[backbone])
+            held = standard_rows(params, x_val)
             value = scorer(metric, y_val.cpu().numpy(), target_of(values, n_classes))
             scores = [value(scale * (held @ w + b)) for w, b in zip(weights, biases, strict=True)]
             best = int(np.argmax(scores))  # the first of equals, and alphas descend
         if values.ndim == 1 and values.dtype.kind == "i":  # no image is called what none was trained on
             biases[:, np.bincount(values, minlength=n_classes) == 0] = ABSENT
-        weight, bias = (torch.tensor(scale * a[best].T).to(features).contiguous() for a in (weights, biases))
+        weight, bias = (torch.tensor(scale * a[best].T).float().contiguous().to(y.device) for a in (weights, biases))
         return Solution({**params, "classifier.weight": weight, "classifier.bias": bias}, {"alpha": alphas[best]})
-
-    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
-        """Logits, or numbers (K, B, C) from features (K, B, D)."""
-        ((backbone, features),) = x.items()
-        return affine(params, "classifier", standardize(params, backbone, features))
 
 
 def _regressed(y: NDArray[np.generic], n_classes: int) -> tuple[Array, NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embcache.cores import threads_for
 from embcache.errors import ProtocolError, UsageError, check_number
-from embcache.probe.layers import Params, Tensors, affine, standard_params, standardize
+from embcache.probe.layers import Params, Tensors, affine, standard_params, standard_rows, standardize
 from embcache.probe.metrics import Metric, scorer
 from embcache.probe.stack import ClosedFormHead, Solution
 from embcache.targets import target_of
@@ -82,8 +82,17 @@ class KNN(ClosedFormHead):
         return F.normalize(standardize(params, backbone, features), dim=-1)
 
 
+class SolvedLinear(ClosedFormHead):
+    """A head that is one linear layer on the standardized features of one backbone."""
+
+    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
+        """Logits, or numbers (K, B, C), from features (K, B, D)."""
+        ((backbone, features),) = x.items()
+        return affine(params, "classifier", standardize(params, backbone, features))
+
+
 @dataclass(frozen=True)
-class LogReg(ClosedFormHead):
+class LogReg(SolvedLinear):
     """L2-regularized multinomial logistic regression by L-BFGS, its strength chosen on validation.
 
     On features standardized by the fold's training rows. Classes weigh alike where the training set is not balanced,
@@ -111,14 +120,8 @@ class LogReg(ClosedFormHead):
         self, x: Tensors, y: Tensor, x_val: Tensors | None, y_val: Tensor | None, n_classes: int, metric: str | Metric
     ) -> Solution:
         """Fit for every C and keep the best."""
-        ((backbone, features),) = x.items()
         params = standard_params(x)
-        stacked = {name: p[None] for name, p in params.items()}
-
-        def rows(part: Tensor) -> NDArray[np.float64]:
-            return np.asarray(standardize(stacked, backbone, part[None])[0].cpu().double().numpy())
-
-        labels, train = y.cpu().numpy(), rows(features)
+        labels, train = y.cpu().numpy(), standard_rows(params, x)
         present = min(len(np.unique(of[of >= 0])) for of in np.atleast_2d(labels.T))
         if present < 2 or not np.isfinite(train).all():
             raise ProtocolError(
@@ -132,18 +135,13 @@ class LogReg(ClosedFormHead):
         if x_val is None or y_val is None or not len(y_val):
             best = min(solutions, key=lambda solution: abs(np.log(solution.C)))
         else:
-            held = rows(x_val[backbone])
+            held = standard_rows(params, x_val)
             value = scorer(metric, y_val.cpu().numpy(), target_of(labels, n_classes))
             # max keeps the first of equals, and the path ascends in C
             best = max(solutions, key=lambda s: value(held @ s.weight.T + s.bias))
         chosen = {"C": best.C} if best.converged else {"C": best.C, "converged": False}
-        weight, bias = (torch.from_numpy(a).to(features) for a in (best.weight, best.bias))
+        weight, bias = (torch.from_numpy(a).float().to(y.device) for a in (best.weight, best.bias))
         return Solution({**params, "classifier.weight": weight, "classifier.bias": bias}, chosen)
-
-    def apply(self, params: Params, x: Tensors, masks: Tensors | None = None) -> Tensor:
-        """Logits (K, B, C) from features (K, B, D)."""
-        ((backbone, features),) = x.items()
-        return affine(params, "classifier", standardize(params, backbone, features))
 
     def _findings(self, x: NDArray[np.float64], y: NDArray[np.int64]) -> list[_Fit]:
         """Solutions of all findings (columns) for every C: log odds of each."""
