@@ -28,10 +28,11 @@ def label_numbers(labels: Sequence[str], class_names: Sequence[str], *, ids: Seq
     number = {name: c for c, name in enumerate(class_names)} | {"": -1}
     unknown = [f"{i}: {label!r}" for i, label in zip(ids, labels, strict=True) if label not in number]
     if unknown:
+        numbers = len(class_names) > 5 and all(name.removeprefix("-").isdecimal() for name in class_names)
         raise DatasetError(
             f"unknown label in {len(unknown):,} rows", code="unknown-label",
             expected=" or ".join(class_names[:20]) + ", or empty for unlabeled", found=first_few(unknown), where=where,
-            fix=("correct them", "--task number, or ordinal, where labels are numbers that training need not have"),
+            fix="--task number, for training need not have every number" if numbers else None,
         )  # fmt: skip
     return [number[label] for label in labels]
 

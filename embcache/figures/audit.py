@@ -28,7 +28,8 @@ from embcache.probe.layers import standard_directions
 from embcache.probe.metrics import log_probabilities, score, softmax
 from embcache.probe.predictions import fit_temperature
 from embcache.probe.protocol import divide
-from embcache.probe.stack import ClosedFormHead
+from embcache.probe.schedule import Schedule
+from embcache.probe.stack import ClosedFormHead, Job, predict_logits, train_heads
 from embcache.targets import Target, make_target
 
 CREDIBLE = 0.10
@@ -440,11 +441,10 @@ def _logits(
     metric: str = "",
 ) -> Float:  # fmt: skip
     """Logits (len(others), C) of a head trained on some rows, its strength chosen on ``val``."""
-    x, y = images.x, torch.from_numpy(images.labels)
-    x_val, y_val = (None, None) if val is None else ({"features": x[val]}, y[val])
-    solved = head.solve({"features": x[train]}, y[train], x_val, y_val, images.task.outputs, metric)
-    logits = head.apply({name: p[None] for name, p in solved.params.items()}, {"features": x[others][None]})
-    return np.asarray(logits[0].double().numpy())
+    x, held = {"features": images.x}, np.zeros(0, np.int64) if val is None else val
+    job = Job(torch.from_numpy(train), torch.from_numpy(held), "audit", 1.0)
+    (model,) = train_heads(head, x, torch.from_numpy(images.labels), [job], images.task, metric, Schedule())
+    return predict_logits(head, model.params, x, torch.from_numpy(others)).astype(np.float64)
 
 
 def _exclude(
