@@ -363,6 +363,11 @@ def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
     return won
 
 
+def is_staged(name: str) -> bool:
+    """Whether a file of this name is one that a write here has begun and not finished."""
+    return re.search(r"-[0-9a-f]{16}(\.gone)?$", name) is not None
+
+
 def exclusive_prefix(path: Path) -> str:
     """How names under ``staging/`` begin that :func:`create_exclusive` of ``path`` removes."""
     return f"{path.parent.name}-{path.name}-"
