@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,21 +73,6 @@ class Place(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
-
-    def get_all(self, keys: list[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Several objects, read concurrently, in order; None for those that do not exist."""
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="get") as pool:
-            yield from zip(keys, pool.map(self._get_or_none, keys), strict=True)
-
-    def _get_or_none(self, key: str) -> bytes | None:
-        try:
-            return self.get(key)
-        except FileNotFoundError:
-            return None
-
-
-THREADS = 16
-"""Requests at a time; what takes long is waiting for the answers."""
 
 
 def check_key(key: str) -> str:
@@ -198,7 +183,7 @@ class ObjectPlace(Place):
             return []
 
         # Page by page, so that one that fails is asked for again.
-        while entries := self._retried(lambda: page(after), f"{prefix}/"):
+        while entries := self._retried(partial(page, after), prefix):
             yield from entries
             after = entries[-1].key
 
