@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import os as _look
 import re
@@ -24,15 +23,19 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from embcache.errors import EmbcacheError, StoreError, UsageError, printable
+from embcache.errors import StoreError, UsageError
 from embcache.log import log
-from embcache.paths import PathLike
 
+if TYPE_CHECKING:
+    from embcache.mirror import Mirror
+
+PathLike = str | os.PathLike[str]
 MOST_BYTES = 1 << 31
 """Largest file that is read whole without a recorded size; the snapshot of ten million images has half of it."""
 
@@ -58,6 +61,21 @@ _FIXES = {
 }
 
 
+_MIRRORS: dict[str, Mirror] = {}
+
+
+def attach(root: Path, mirror: Mirror) -> None:
+    """Ask a mirror first about what is read and written under a folder; None or False: as usual, on this machine."""
+    make_folder(root)
+    os.chmod(root, 0o700)  # snapshots hold labels and patients
+    _MIRRORS[f"{root}{os.sep}"] = mirror
+
+
+def mirror_of(path: PathLike) -> Mirror | None:
+    """The mirror that a path lies in."""
+    return next((m for root, m in _MIRRORS.items() if f"{os.fspath(path)}{os.sep}".startswith(root)), None)
+
+
 class IrregularError(OSError):
     """What was to be read is a link, a pipe, a device or a folder, or is larger than it may be."""
 
@@ -69,6 +87,8 @@ def open_regular(path: PathLike, *, follow: bool = False) -> FileIO:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise _irregular(path) from error
+        if error.errno == errno.ENOENT and (mirror := mirror_of(path)) and mirror.fetch(Path(path)):
+            return open_regular(path, follow=follow)
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -93,44 +113,6 @@ def list_folder(folder: PathLike) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return []
-
-
-def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | None = None) -> list[Path]:
-    """Folders of datasets in a home, links too, sorted; ``skipped`` (default `skip`) gets those that are unreadable."""
-    found = []
-    try:
-        with _look.scandir(home) as entries:
-            folders = sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise not_readable(home, error) from error
-    for folder in folders:
-        try:
-            with _look.scandir(folder):
-                found.append(folder)
-        except OSError as error:
-            (skipped or skip)(folder, error)
-    return found
-
-
-def not_readable(path: PathLike, error: OSError) -> StoreError:
-    """The error for a folder or file of a home that this user may not read."""
-    return StoreError(
-        "a part of the home cannot be read", code="home-not-readable", found=error.strerror or str(error), where=path,
-        fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _say_skipped(path: str, why: str) -> None:
-    log.warning("skipped %s: %s", printable(path), printable(why))
-
-
-def skip(path: PathLike, error: OSError | EmbcacheError) -> None:
-    """Log, once, that something in a home is skipped; a listing of the rest continues."""
-    said = [error.problem, error.found] if isinstance(error, EmbcacheError) else [error.strerror or str(error)]
-    _say_skipped(os.fspath(path), ": ".join(" ".join(text.split())[:300] for text in said if text))
 
 
 def is_folder(path: PathLike) -> bool:
@@ -184,6 +166,8 @@ def staged_name(prefix: str) -> str:
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old bytes or the new ones, and nothing between; makes its folder."""
     prefix = f".{path.name}-"
+    if (mirror := mirror_of(path)) and mirror.replace_file(path, data):
+        return
     with writing(path):
         make_folder(path.parent)
         if not _same_bytes(path, data):
@@ -199,6 +183,17 @@ def replace_file(path: Path, data: bytes) -> None:
         # Also when it was there: who wrote it may have been killed before the name was on disk.
         sync_folder(path.parent)
         remove_leftovers(path.parent, prefix)
+
+
+def cache_file(path: Path, data: bytes) -> None:
+    """Write a copy of what is kept elsewhere: whole or not at all, and not flushed."""
+    with writing(path):
+        os.makedirs(path.parent, exist_ok=True)
+        staged = path.with_name(staged_name(f".{path.name[:100]}-"))
+        with _removed_on_error(staged):
+            with open(staged, "xb") as file:
+                file.write(data)
+            os.replace(staged, path)
 
 
 def keep_file(path: Path, data: bytes) -> None:
@@ -245,6 +240,8 @@ def write_outputs(files: Mapping[Path, bytes]) -> None:
         for path in files:
             make_folder(path.parent)
         paths = [path.resolve() for path in files]  # through a link, not in its place
+        if all((mirror := mirror_of(path)) and mirror.replace_file(path, files[path]) for path in files):
+            return
         staged = [path.with_name(staged_name(f".{path.name[:100]}-")) for path in paths]
         for name, data in zip(staged, files.values(), strict=True):
             write_file(name, data)
@@ -278,6 +275,8 @@ def replace_folder(target: Path, files: Mapping[str, bytes | Path]) -> None:
     `list_replaced` restores it if the second rename never came. The later of two writers wins.
     """
     make_folder(target.parent)
+    if mirror := mirror_of(target):
+        files = mirror.replace_folder(target, files) or files
     with replacing(target) as staged:
         write_tree(staged, files)
 
@@ -351,6 +350,8 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
     """Write a file that must not be there yet, whole or not at all; False when it is there."""
     prefix = exclusive_prefix(path)
+    if (mirror := mirror_of(path)) and (created := mirror.create_file(path, data)) is not None:
+        return created
     staged = staging / staged_name(prefix)
     with writing(path):
         won = False
@@ -363,11 +364,6 @@ def create_exclusive(path: Path, data: bytes, *, staging: Path) -> bool:
     return won
 
 
-def is_staged(name: str) -> bool:
-    """Whether a file of this name is one that a write here has begun and not finished."""
-    return re.search(r"-[0-9a-f]{16}(\.gone)?$", name) is not None
-
-
 def exclusive_prefix(path: Path) -> str:
     """How names under ``staging/`` begin that :func:`create_exclusive` of ``path`` removes."""
     return f"{path.parent.name}-{path.name}-"
@@ -375,6 +371,8 @@ def exclusive_prefix(path: Path) -> str:
 
 def discard(path: Path) -> None:
     """`remove` a file or folder of a store, if it exists."""
+    if mirror := mirror_of(path):
+        mirror.delete(path)
     with writing(path), suppress(FileNotFoundError):
         remove(path)
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-PathLike = str | os.PathLike[str]
+from embcache.errors import EmbcacheError, StoreError, printable
+from embcache.io import PathLike as PathLike
+from embcache.log import log
+from embcache.mirror import home_of, shown_home
 
 
 def home_dir(home: PathLike | None = None) -> Path:
-    """Folder of stores and runs: ``home``, else ``$EMBCACHE_HOME``, else ``~/.cache/embcache``."""
-    return Path(home or os.environ.get("EMBCACHE_HOME") or Path.home() / ".cache" / "embcache").expanduser()
+    """Folder of stores and runs: ``home``, else ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
+
+    Of a URL (``s3://bucket/prefix``) the folder that mirrors it: see `embcache.mirror`.
+    """
+    return home_of(home or os.environ.get("EMBCACHE_HOME") or Path.home() / ".cache" / "embcache")
+
+
+def home_text(home: PathLike | None = None) -> str:
+    """`home_dir` as a user types it."""
+    return shown_home(home_dir(home))
 
 
 def data_dir() -> Path:
@@ -34,3 +47,41 @@ def slug(name: str) -> str:
     if safe == name:
         return safe
     return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def home_folders(home: Path, skipped: Callable[[PathLike, OSError], object] | None = None) -> list[Path]:
+    """Folders of datasets in a home, links too, sorted; ``skipped`` (default `skip`) gets those that are unreadable."""
+    found = []
+    try:
+        with os.scandir(home) as entries:
+            folders = sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise not_readable(home, error) from error
+    for folder in folders:
+        try:
+            with os.scandir(folder):
+                found.append(folder)
+        except OSError as error:
+            (skipped or skip)(folder, error)
+    return found
+
+
+def not_readable(path: PathLike, error: OSError) -> StoreError:
+    """The error for a folder or file of a home that this user may not read."""
+    return StoreError(
+        "a part of the home cannot be read", code="home-not-readable", found=error.strerror or str(error), where=path,
+        fix=("ask its owner for permission (chmod -R g+rX)", "--home FOLDER"),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _say_skipped(path: str, why: str) -> None:
+    log.warning("skipped %s: %s", printable(path), printable(why))
+
+
+def skip(path: PathLike, error: OSError | EmbcacheError) -> None:
+    """Log, once, that something in a home is skipped; a listing of the rest continues."""
+    said = [error.problem, error.found] if isinstance(error, EmbcacheError) else [error.strerror or str(error)]
+    _say_skipped(os.fspath(path), ": ".join(" ".join(text.split())[:300] for text in said if text))

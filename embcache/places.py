@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import google_crc32c
 
 from embcache import io as disk
-from embcache.errors import StoreError, UsageError
+from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
 
 SCHEMES = ("s3", "gs", "az", "memory")
@@ -36,6 +36,7 @@ _CHECKSUM = "crc32c"  # of the metadata that every object of ours has
 # Seconds before an operation is tried again, after the client itself has given up on retries.
 _PAUSES = (0.1, 0.3, 1.0, 3.0, 5.0)
 _RACERS = 4
+_STAGED = re.compile(r"-[0-9a-f]{16}(\.gone)?$")  # how names end of what is written and not yet in place
 
 _T = TypeVar("_T")
 
@@ -108,7 +109,7 @@ class DiskPlace(Place):
     def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
         """See `Place.list`."""
         top = self.folder / prefix
-        found = [path for path in top.rglob("*") if path.is_file() and not disk.is_staged(path.name)]
+        found = [path for path in top.rglob("*") if path.is_file() and not _STAGED.search(path.name)]
         for key, path in sorted((path.relative_to(self.folder).as_posix(), path) for path in found):
             if key > after:
                 state = path.stat()
@@ -220,7 +221,7 @@ class ObjectPlace(Place):
                 ) from error  # fmt: skip
             except _DamagedError as error:
                 if pause is None:
-                    raise StoreError(
+                    raise CorruptStoreError(
                         "an object is not the one that was written", code="place-damaged", found=str(error),
                         where=f"{self.url}/{key}", fix="embcache verify --repair, for features; else restore it",
                     ) from error  # fmt: skip
@@ -312,8 +313,8 @@ def _client() -> dict[str, Any]:
 
 
 def _retries() -> dict[str, Any]:
-    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
-    return {"max_retries": 5, "backoff": backoff, "retry_timeout": timedelta(seconds=60)}
+    backoff = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=5), "base": 2}
+    return {"max_retries": 8, "backoff": backoff, "retry_timeout": timedelta(seconds=60)}
 
 
 def probe(place: Place) -> None:

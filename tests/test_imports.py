@@ -19,7 +19,10 @@ from tools.stats import cycles, imports, modules
 PACKAGE = Path(embcache.__file__).parent
 
 # From the bottom to the top: each part may import itself and those of lower rows.
-_BASE = ("config", "cores", "errors", "fields", "io", "log", "notebook", "paths", "registry", "sealed", "targets")
+_BASE = (
+    "config", "cores", "errors", "fields", "io", "log", "mirror", "notebook", "paths", "places", "registry", "sealed",
+    "targets",
+)  # fmt: skip
 LAYERS = (
     _BASE,
     ("backbones", "data", "store", "runs"),

@@ -24,8 +24,7 @@ from embcache.commands.output import (
 from embcache.config import DatasetRef, ExportConfig, VerifyConfig
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line
 from embcache.fields import parse_weights
-from embcache.io import skip
-from embcache.paths import home_dir, slug
+from embcache.paths import home_dir, home_text, skip, slug
 from embcache.sealed import plain
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def ls(*, dataset: list[str], home: Path | None) -> Answer:
             echo_nothing("nothing is cached", dataset, home)
             echo("\n".join([*unfinished, "try: embcache demo"]))
             return
-        notes = [f"in {home_dir(home)}: {size_words(sum(s.bytes for s in stores))} in {counted(len(stores), 'store')}"]
+        notes = [f"in {home_text(home)}: {size_words(sum(s.bytes for s in stores))} in {counted(len(stores), 'store')}"]
         if runs:
             counts = ", ".join(f"{name} {number}" for name, number in runs.items())
             notes.append(f"runs: {counts} (embcache results)")
@@ -250,7 +249,7 @@ def gc(
         if stores:
             notes = [f"{beside['leftovers']} leftovers beside the stores"] if beside["leftovers"] else []
             verb = "would be freed" if dry_run else "freed"
-            print_objects(done, _COLLECTED, notes=[*notes, f"{size_words(freed)} {verb} in {home_dir(home)}"])
+            print_objects(done, _COLLECTED, notes=[*notes, f"{size_words(freed)} {verb} in {home_text(home)}"])
 
     answer = {"dry_run": dry_run, "freed": freed, "stores": plain(done), "refused": refused}
     return Answer(answer, show, failed=bool(refused))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from embcache.commands.output import echo, may_guide, table_style, write_json
 from embcache.config import RECIPE, DatasetRef
 from embcache.errors import UsageError
 from embcache.fields import Config, flag_of, option_of, split_list
+from embcache.mirror import shown_home
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -36,7 +38,10 @@ OneDataset = Annotated[list[str], "NAME", "Name of the dataset. See `embcache da
 OneBackbone = Annotated[list[str], "NAME", "Name of the backbone. See `embcache backbones`."]
 
 _SHARED: dict[str, tuple[str, str, Callable[..., Any] | None]] = {
-    "home": ("FOLDER", "Folder of stores and runs. [default: $EMBCACHE_HOME or ~/.cache/embcache]", None),
+    "home": (
+        "FOLDER|URL", "Folder of stores and runs, or s3://BUCKET/PREFIX. [default: $EMBCACHE_HOME or "
+        "~/.cache/embcache]", None,
+    ),
     "dataset": (
         "NAME[,NAME…]", "Name of a dataset; repeatable or comma-separated. See `embcache datasets`.", None
     ),
@@ -80,7 +85,7 @@ class Answer:
 
 def command_line(*words: str, home: Path | None = None) -> str:
     """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
-    return shlex.join(["embcache", *words, *(["--home", str(home)] if home is not None else [])])
+    return shlex.join(["embcache", *words, *(["--home", shown_home(home)] if home is not None else [])])
 
 
 def print_next(*words: str, home: Path | None = None) -> None:
@@ -122,6 +127,8 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
                 made += options
                 continue
             default = parameter.default
+            if parameter.name == "home":
+                made += _CACHE
             if parameter.name in _SHARED and not extras:
                 extras, default = [_shared(parameter.name)], None
             elif extras and isinstance(extras[0], str):
@@ -139,6 +146,9 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
+            for name in ("cache_dir", "cache_size"):
+                if value := given.pop(name, None):
+                    os.environ[f"EMBCACHE_{name.upper()}"] = str(value)
             style = {name: given.pop(name, False) for name in ("wide", "csv") if table}
             json = given.get("json") if takes_json else given.pop("json", None)
             for name in lists:
@@ -186,6 +196,19 @@ _TABLE = [
         ("csv", "Print the table as CSV to stdout, and everything else to stderr."),
     )
 ]
+
+
+_CACHE = [
+    _parameter(
+        name, Annotated[str | None, typer.Option("--" + name.replace("_", "-"), metavar=metavar, help=text,
+                                                 rich_help_panel="Options for homes in object stores")],
+    )
+    for name, metavar, text in (
+        ("cache_dir", "FOLDER", "Folder of copies on this machine. [default: $EMBCACHE_CACHE_DIR or "
+         "~/.cache/embcache-places]"),
+        ("cache_size", "SIZE", "Space for copies of features, such as 200GB. [default: $EMBCACHE_CACHE_SIZE or 100GB]"),
+    )
+]  # fmt: skip
 
 
 def _options(config: type[Config], choice: Skip) -> list[inspect.Parameter]:
@@ -246,9 +269,9 @@ def check_named(command: str, **names: Sequence[str]) -> None:
 def echo_nothing(what: str, names: Sequence[str], home: Path | None) -> None:
     """Print that there is nothing of these datasets, and which cached ones may be meant."""
     from embcache.data.published import cached_names, near_names
-    from embcache.paths import home_dir
+    from embcache.paths import home_text
 
-    echo(f"{what} in {home_dir(home)}" + (f" for {', '.join(names)}" if names else ""))
+    echo(f"{what} in {home_text(home)}" + (f" for {', '.join(names)}" if names else ""))
     cached = cached_names(home) if names else []
     for name in names:
         if name not in cached and (near := near_names(name, cached)):

@@ -32,9 +32,9 @@ from embcache.data.published import (
 )  # fmt: skip
 from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique
 from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, UsageError, first_few, printable
-from embcache.io import home_folders, read_regular, skip
+from embcache.io import read_regular
 from embcache.notebook import html_table
-from embcache.paths import PathLike, home_dir
+from embcache.paths import PathLike, home_dir, home_folders, skip
 from embcache.sealed import typed, typed_fields
 from embcache.targets import Target, make_target
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from embcache.config import DatasetRef
 from embcache.data.files import TABLE_SUFFIXES
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
-from embcache.io import home_folders, read_regular
-from embcache.paths import PathLike, data_dir, home_dir, slug
+from embcache.io import read_regular
+from embcache.paths import PathLike, data_dir, home_dir, home_folders, slug
 from embcache.registry import Registry
 from embcache.sealed import open_parquet, parse, typed
 

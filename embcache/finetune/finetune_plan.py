@@ -26,6 +26,7 @@ from embcache.extract.scan import DatasetFiles, scan_dataset
 from embcache.extract.worker import FrozenNetwork, pick_device
 from embcache.fields import bare_name, parse_weights
 from embcache.finetune.model import check_head, has_batch_norm
+from embcache.mirror import shown_home
 from embcache.paths import PathLike
 from embcache.probe.heads import check_fits, find_head, identify, name_of
 from embcache.probe.inputs import KnownImages, digest_images, find_splits, plan_for
@@ -97,7 +98,7 @@ class FinetunePlan:
         words += ["--allow-missing"] if dataset.missing else []
         words += [*dataset.read_options(), *target_flags(dataset), *class_flags(dataset.renamed)]
         words += ["--subset", self.cell.subset, *replace(config, resume=True, again=False).words()]
-        return shlex.join([*words, *(["--home", str(home)] if home is not None else [])])
+        return shlex.join([*words, *(["--home", shown_home(home)] if home is not None else [])])
 
 
 def load_networks(

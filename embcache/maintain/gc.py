@@ -1,5 +1,7 @@
 """Freeing what nothing needs: superseded rows, and what killed processes have left (``embcache gc``).
 
+In an object store these are attempts at shards of which another attempt counts; the rest is about stores on a disk.
+
 Live rows of shards that also hold superseded ones are copied, not computed, into new shards with the next free numbers.
 No lock keeps other processes away. A row is copied with the size, time and digest of its own plan, and only if no plan
 owes its image; the copy's plan takes the number after the highest that was there when all this was read. Where another
@@ -22,11 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from embcache.errors import StoreError
-from embcache.io import bytes_under, discard, home_folders, skip
+from embcache.io import bytes_under, discard, mirror_of
 from embcache.io import leftovers as leftovers_in
 from embcache.log import log
 from embcache.maintain.verify import lease_files, leftovers
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike, home_dir, home_folders, skip, slug
 from embcache.runs.folders import PARTIAL, run_folders
 from embcache.store.commit import PlanEntry, ShardRows, commit_shard, publish_plan, refresh_view, take_out
 from embcache.store.lease import is_abandoned
@@ -67,6 +69,10 @@ class Collected:
 def collect(path: Path, *, dry_run: bool = False) -> Collected:
     """Free what nothing needs of one store."""
     header, name = read_header(path), f"{path.parent.name}/{path.name}"
+    if mirror := mirror_of(path):
+        # Superseded rows stay: without its commit, which names its files, another attempt at a shard could win.
+        removed = mirror.collect(path, committed_numbers(path), dry_run=dry_run)
+        return Collected(path.parent.name, path, 0, 0, 0, len(removed), sum(entry.size for entry in removed))
     seen, rubbish, moved = unless_collected(path, lambda: _look(path, header)), leftovers(path), 0
     before = bytes_under(path) + sum(bytes_under(each) for each in rubbish if path not in each.parents)
     if seen.waiting:

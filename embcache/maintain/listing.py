@@ -21,12 +21,12 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.published import snapshot_ids
 from embcache.errors import DatasetError, StoreError
 from embcache.fields import bare_name
-from embcache.io import bytes_under, skip
-from embcache.paths import PathLike, slug
+from embcache.io import bytes_under
+from embcache.paths import PathLike, skip, slug
 from embcache.runs.folders import PARTIAL, run_folders
 from embcache.sealed import plain, read_sealed
 from embcache.store.feature_store import FeatureStore, folders_with, store_folders
-from embcache.store.reading import CommitRecord, read_commit, read_header
+from embcache.store.reading import CommitRecord, read_commit, read_header, store_bytes
 
 # What computes is imported by `dry_run`: `embcache ls` needs none of it.
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from embcache.extract.worker import FrozenNetwork
 
 STORE_NAME = re.compile(r"(?P<slug>.+)-(?P<digits>[0-9a-f]{12})")
+VIEWS = ("view.zarr", "view.h5", "view.refs.json")
 _FIRST = 20  # ids of added, changed and removed images in the JSON of a dry run
 
 
@@ -181,7 +182,7 @@ def store_info(store: FeatureStore, home: PathLike | None = None) -> StoreInfo:
         shards=len(committed),
         uncommitted=tuple(number for number in plans if number not in committed),
         superseded=sum(len(plans[number]) for number in committed) - len(whole.ids) - len(whole.quarantined),
-        view=next((path for path in (store.path / "view.zarr", store.path / "view.h5") if path.exists()), None),
+        view=next((path for name in VIEWS if (path := store.path / name).exists()), None),
         otherwise={
             number: record for number, record in made.items() if record != CommitRecord(record.rows, record.files)
         },
@@ -232,7 +233,7 @@ def _summary(store: FeatureStore, name: str, ids: Sequence[str] | None) -> Cache
         owed=owed,
         complete=not owed,
         format=store.format,
-        bytes=bytes_under(store.path),
+        bytes=store_bytes(store.path),
         precision=str(store.dtype) if store.holds_pixels else store.recipe.precision,
         transform=transform_words(store.recipe.transform),
         views=store.views,

@@ -13,8 +13,8 @@ from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
-from embcache.io import STALE_SECONDS, is_stale, list_folder
-from embcache.maintain.listing import STORE_NAME
+from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
+from embcache.maintain.listing import STORE_NAME, VIEWS
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
@@ -36,7 +36,7 @@ from embcache.store.reading import (
 from embcache.store.schema import StoreHeader
 
 # A store's own entries; anything else in its folder is reported and left alone.
-_ENTRIES = {"recipe.json", CANARIES, "plan", "shards", "leases", "staging", "view.zarr", "view.h5"}
+_ENTRIES = {"recipe.json", CANARIES, "plan", "shards", "leases", "staging", *VIEWS}
 _AHEAD = 1024  # images handed to the threads at a time by `check_source`
 _NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
 
@@ -101,7 +101,7 @@ class _Verification:
     """One look at a store: what is found while its files are read."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.mirror = path, mirror_of(path)
         self.header: StoreHeader | None = None
         self.committed: list[int] = []
         self.damage: list[Damage] = []
@@ -132,6 +132,8 @@ class _Verification:
         )
 
     def look(self, on_shard: Callable[[int, int], object]) -> None:
+        if self.mirror:
+            self.mirror.refresh(self.path, whole=True)  # what counts is there, not its copy
         try:
             self.header = read_header(self.path)
             self.sizes.append((self.path / "recipe.json").lstat().st_size)
@@ -166,6 +168,10 @@ class _Verification:
             self.sizes.append((folder / "commit.json").lstat().st_size)
         if files is None:
             return
+        if self.mirror:
+            self.mirror.forget(folder)
+            with suppress(StoreError):  # found again below, file by file
+                self.mirror.prefetch(folder / name for name in files)
         for name in files:
             with self.noting("shard", folder / name, number):
                 files.get(name)

@@ -17,8 +17,7 @@ from embcache.config import ProbeConfig, ProtocolConfig
 from embcache.data.dataset import ImageDataset, read_snapshot
 from embcache.data.groups import IntArray
 from embcache.errors import DatasetError, StoreError, StoreNotFoundError, UsageError, first_few
-from embcache.io import skip
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike, home_dir, skip, slug
 from embcache.probe.feature_rows import Streamed
 from embcache.probe.protocol import Sides, Splits, divide, plan_splits, read_splits, subset_sizes, write_splits
 from embcache.store.feature_store import FeatureStore, fill_command, find_stores, list_stores, several_match

@@ -17,18 +17,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from embcache.errors import StoreError, StoreNotFoundError
-from embcache.io import (
-    discard,
-    home_folders,
-    is_folder,
-    list_replaced,
-    not_readable,
-    read_regular,
-    replace_file,
-    replace_folder,
-    skip,
-)
-from embcache.paths import PathLike, home_dir, slug
+from embcache.io import discard, is_folder, list_replaced, read_regular, replace_file, replace_folder
+from embcache.paths import PathLike, home_dir, home_folders, not_readable, skip, slug
 from embcache.runs.result import PROTOCOL_VERSION as PROTOCOL_VERSION
 from embcache.runs.result import FoldResult as FoldResult
 from embcache.runs.result import Result as Result

@@ -9,16 +9,18 @@ is renamed is on disk before it gets its name, and a shard never outlives the pl
 
 from __future__ import annotations
 
+import json
 import os
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embcache import io as disk
-from embcache.errors import StoreError, check_choice
+from embcache.errors import StoreError, UsageError, check_choice
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
 from embcache.store import reading
@@ -26,7 +28,11 @@ from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_
 from embcache.store.schema import PlanEntry as PlanEntry
 from embcache.store.schema import ShardRows as ShardRows
 
+if TYPE_CHECKING:
+    from embcache.mirror import Mirror
+
 MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
+REFERENCES = "view.refs.json"  # the view of a store in an object store
 # The library that a format's view is written with: another version of it may write other bytes for the same view.
 _LIBRARIES = {"zarr": "zarr", "hdf5": "h5py"}
 
@@ -53,6 +59,11 @@ def create_store(
     that is not there yet.
     """
     check_choice("--format", format or "zarr", FORMATS)
+    if format == "hdf5" and disk.mirror_of(Path(dataset_dir)):
+        raise UsageError(
+            "a store in an object store is Zarr: HDF5 readers need whole files on a disk", code="format-in-place",
+            found="--format hdf5", fix="--format zarr; `embcache export` writes HDF5 files",
+        )  # fmt: skip
     header = StoreHeader(recipe, format or "zarr", tuple(settled.pop("row_shape")), **settled)
     store, files = store_path(Path(dataset_dir), recipe), {"recipe.json": seal(header.to_json())}
     if canaries is not None and not store.is_dir():
@@ -61,6 +72,9 @@ def create_store(
         if not store.is_dir():
             disk.make_folder(store.parent)
             staged = store.parent / disk.staged_name(f".{store.name}-")
+            if disk.mirror_of(store):
+                for name in sorted(files):  # recipe.json, by which a store exists, is the last
+                    disk.create_exclusive(store / name, files.pop(name), staging=store)
             try:
                 disk.write_tree(staged, files, reading.FOLDERS)
                 disk.rename_new(staged, store)
@@ -144,15 +158,27 @@ def commit_shard(
     store = Path(store)
     header, name, target = reading.read_header(store), reading.shard_name(number), reading.shard_path(store, number)
     header.check_rows(rows, [entry.id for entry in reading.read_plan(store, number)])
+    mirror = disk.mirror_of(store)
     with disk.writing(store):
         won = False
-        if damaged or not target.is_dir():
+        if damaged or not is_committed(store, number):
             staged = store / "staging" / disk.staged_name(f"shard-{name}-")
             files = find_format(header.format).encode_shard(rows.blanked(), header.rows_per_shard)
             record = {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
             made = {"batch_size": batch_size, "threads": threads, "runtime": runtime}
             unusual = {name: n for name, n in made.items() if n is not None and n != vars(header)[name]}
-            files["commit.json"] = seal({"rows": len(rows.ids), "files": record, **unusual})
+            content = {"rows": len(rows.ids), "files": record, **unusual}
+            if mirror and damaged and not mirror.restore_folder(target, files, content):
+                raise StoreError(
+                    "the shard computed now is not the one that was committed, and a commit in an object store is "
+                    "final", code="shard-differs", expected="the bytes that its commit names", found="other bytes",
+                    where=target, fix="repair it on a machine, and with the threads, that made it",
+                )  # fmt: skip
+            if mirror and damaged:
+                return True
+            if mirror:
+                return mirror.commit_folder(target, files, content)
+            files["commit.json"] = seal(content)
             # The plan may be another process's, killed before its name was on disk: no shard without its plan.
             disk.sync_folder(store / "plan")
             try:
@@ -172,11 +198,14 @@ def commit_shard(
 
 def is_committed(store: Path, number: int) -> bool:
     """Whether a shard is committed, without a listing of all."""
-    return reading.shard_path(Path(store), number).is_dir()
+    target = reading.shard_path(Path(store), number)
+    if mirror := disk.mirror_of(store):
+        return mirror.look(target / "commit.json")
+    return target.is_dir()
 
 
 def write_view(store: Path) -> None:
-    """Write ``view.zarr`` or ``view.h5``: one array over all shards, for readers without embcache.
+    """Write ``view.zarr``, ``view.h5`` or ``view.refs.json``: one array over all shards, for readers without embcache.
 
     ``valid`` is False for padding, superseded and quarantined rows. Features are not copied: chunks are relative links
     into the shards, or a virtual dataset with relative names, so that a store can be moved. Where links cannot be
@@ -188,6 +217,9 @@ def write_view(store: Path) -> None:
     while True:
         mark = _mark(store)  # first: of what is committed while the rows are read, the view may show the old ones
         files, links = form.encode_view(header, *_view_rows(header, reading.read_live(store, header), mark))
+        if mirror := disk.mirror_of(store):
+            disk.replace_file(store / REFERENCES, _references(mirror, store, form.view, files, links))
+            return
         # Relative to where a link will lie, not to where it is staged.
         targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
         staged = store / "staging" / disk.staged_name("view-")
@@ -205,6 +237,19 @@ def write_view(store: Path) -> None:
         # staging.
         if view_is_current(store, header):
             return
+
+
+def _references(mirror: Mirror, store: Path, view: str, files: Mapping[str, bytes], links: Mapping[str, str]) -> bytes:
+    """A view as a reference file: by key its bytes, or the address and range of an object that holds them."""
+    refs: dict[str, Any] = {}
+    for name, data in files.items():
+        text = name.endswith("zarr.json")
+        refs[name.removeprefix(f"{view}/")] = data.decode() if text else f"base64:{b64encode(data).decode()}"
+    for name, target in links.items():
+        shard, file = Path(*Path(target).parts[:2]), Path(*Path(target).parts[2:]).as_posix()
+        size = reading.read_commit(store, int(shard.name)).files[file][0]
+        refs[name.removeprefix(f"{view}/")] = [mirror.address(store / shard, file), 0, size]
+    return json.dumps({"version": 1, "refs": refs}).encode()
 
 
 def refresh_view(store: Path) -> bool:
@@ -245,7 +290,7 @@ def _view_rows(
 
 def view_is_current(store: Path, header: StoreHeader) -> bool:
     """Whether the existing view was made of just these shards; searched, not parsed: no checksum covers it."""
-    view = store / find_format(header.format).view
+    view = store / (REFERENCES if disk.mirror_of(store) else find_format(header.format).view)
     try:
         data = disk.read_regular(view / "zarr.json" if disk.is_folder(view) else view)
     except OSError:
@@ -280,5 +325,7 @@ def write_scan(dataset_dir: Path, parquet: bytes) -> None:
 def take_out(store: Path, path: Path, label: str) -> None:
     """Remove a file or folder of a store, if it exists, in one step for all processes that know its name."""
     aside = Path(store) / "staging" / disk.staged_name(f"{label}-")
+    if disk.mirror_of(store):
+        return disk.discard(path)
     if disk.take_aside(path, aside):
         disk.discard(aside)

@@ -18,9 +18,9 @@ import numpy as np
 from embcache.cores import usable_cores
 from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printable
 from embcache.fields import bare_name
-from embcache.io import home_folders, not_readable, skip
+from embcache.mirror import shown_home
 from embcache.notebook import html_table
-from embcache.paths import PathLike, data_dir, home_dir, slug
+from embcache.paths import PathLike, data_dir, home_dir, home_folders, not_readable, skip, slug
 from embcache.store import reading
 from embcache.store.schema import PlanEntry, Recipe, StoreHeader
 from embcache.targets import Target, make_target
@@ -557,4 +557,4 @@ def _command(words: list[str], dataset: str | NamedTable, home: PathLike | None)
         words += ["--name", dataset.name] if dataset.name != kind else []
         words += ["--allow-missing"] if dataset.missing else []
         words += dataset.read_options()
-    return shlex.join([*words, "--home", str(home)] if home is not None else words)
+    return shlex.join([*words, "--home", shown_home(home)] if home is not None else words)

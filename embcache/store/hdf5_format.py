@@ -18,6 +18,7 @@ from embcache.store.schema import NUMERIC_KINDS, Digests, RowIndex, ShardRows, S
 name = "hdf5"
 view = "view.h5"
 FILE = "data.h5"
+index_files = (FILE,)
 LIBVER = ("v110", "v110")  # the oldest with virtual datasets; fixed, so that equal rows give equal bytes
 
 

@@ -74,7 +74,8 @@ class Lease:
             with suppress(OSError, StoreError):
                 if _content(self.path) != self._content:
                     return
-                disk.touch_file(self.path)
+                if (mirror := disk.mirror_of(self.path)) is None or not mirror.replace_file(self.path, self._content):
+                    disk.touch_file(self.path)
 
 
 def is_abandoned(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
@@ -93,6 +94,9 @@ def _take_away(path: Path, ttl: float) -> bool:
         return True
     if not (_died_here(content) or _age(path) > ttl):
         return False
+    if disk.mirror_of(path):
+        disk.discard(path)  # two that do so at once compute one shard twice
+        return True
     staging = path.parent.parent / "staging"
     aside = staging / disk.staged_name(disk.exclusive_prefix(path))
     if not disk.take_aside(path, aside):
@@ -127,6 +131,8 @@ def _machine() -> str:
 
 def _age(path: Path) -> float:
     """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
+    if mirror := disk.mirror_of(path):
+        return mirror.age(path)
     try:
         beat = path.lstat().st_mtime
         age = disk.filesystem_time(path.parent.parent / "staging", disk.exclusive_prefix(path)) - beat
@@ -140,6 +146,8 @@ def _age(path: Path) -> float:
 
 
 def _content(path: Path) -> bytes | None:
+    if mirror := disk.mirror_of(path):
+        return mirror.read(path)
     try:
         return disk.read_regular(path, most=_MOST_BYTES)
     except FileNotFoundError:

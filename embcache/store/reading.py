@@ -24,7 +24,8 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from embcache.errors import CorruptStoreError, StoreError
-from embcache.io import IrregularError, is_folder, list_folder, open_regular, read_regular
+from embcache.io import IrregularError, bytes_under, is_folder, list_folder, mirror_of, open_regular, read_regular
+from embcache.mirror import shown_home
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
 from embcache.store.schema import (
@@ -144,12 +145,20 @@ def read_canaries(store: Path) -> np.ndarray | None:
 
 def plan_numbers(store: Path) -> list[int]:
     """Numbers of the published plans, ascending."""
+    refresh(store)
     listed = _listing(store / "plan", os.DirEntry.is_file)
     return _numbers(name.removesuffix(".json") for name in listed if name.endswith(".json"))
 
 
+def refresh(store: Path) -> None:
+    """Bring plans and commits of a store in an object store here."""
+    if mirror := mirror_of(store):
+        mirror.refresh(store)
+
+
 def committed_numbers(store: Path) -> list[int]:
     """Numbers of the committed shards, ascending."""
+    refresh(store)
     return _numbers(_listing(store / "shards", os.DirEntry.is_dir))
 
 
@@ -175,6 +184,14 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
         return tuple(plan_entries(content["rows"]))
     except (KeyError, TypeError, ValueError, StoreError) as error:
         raise _not_ours("a plan", error, path, fix) from error
+
+
+def store_bytes(store: Path) -> int:
+    """Bytes that a store takes: on disk, or in the object store as its commits have it."""
+    if mirror_of(store) is None:
+        return bytes_under(store)
+    commits = [read_commit(store, number) for number in committed_numbers(store)]
+    return sum(size for commit in commits for size, _ in commit.files.values())
 
 
 def read_commit(store: Path, number: int) -> CommitRecord:
@@ -260,6 +277,8 @@ class ShardFiles(Mapping[str, bytes]):
             path, there = self.folder / name, -1
             with refusals_raised(path, _recompute(self.folder)), suppress(FileNotFoundError, NotADirectoryError):
                 there = path.lstat().st_size
+            if there < 0 and mirror_of(path):
+                continue  # in the object store: checked when it is read
             if there != self.sizes[name]:
                 found = f"{there} bytes" if there >= 0 else "no such file"
                 self.refuse(f"{self.sizes[name]} bytes in {name}", found)
@@ -321,6 +340,9 @@ def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = 
     """
     if numbers is None:
         return unless_collected(store, lambda: read_live(store, header, committed_numbers(store)))
+    if mirror := mirror_of(store):
+        names = find_format(header.format).index_files
+        mirror.prefetch(shard_path(store, number) / name for number in numbers for name in names)
     indexes = [read_index(store, header, number) for number in numbers]
     ids = [id_ for index in indexes for id_ in index.ids]
     lengths = [len(index.ids) for index in indexes]
@@ -412,7 +434,7 @@ def _repair_command(store: str, _: str | None) -> str:
         if file := str(header.provenance.get("checkpoint", "")):
             backbone, more = header.recipe.backbone, " " + header.recipe.weights_option(file)
     words = ["embcache", "verify", "--repair", "--dataset", path.parent.name, "--backbone", backbone]
-    return shlex.join(words if home == home_dir() else [*words, "--home", str(home)]) + more
+    return shlex.join(words if home == home_dir() else [*words, "--home", shown_home(home)]) + more
 
 
 def recipe_fix(store: Path) -> str:

@@ -429,6 +429,7 @@ class StoreFormat(Protocol):
 
     name: str  # the value of --format
     view: str  # file or folder over all shards, for plain readers
+    index_files: Sequence[str]  # that `decode_index` looks up, and more: what is brought from an object store at once
 
     def encode_shard(self, rows: ShardRows, rows_per_shard: int) -> dict[str, bytes]:
         """Files of a shard; equal rows give equal bytes."""

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 name = "zarr"
 view = "view.zarr"
 ROOT = "data.zarr/"
+_ONE_AXIS, _TWO_AXES = ("zarr.json", "c/0"), ("zarr.json", "c/0/0")
+_INDEX = {"ids": _ONE_AXIS, "valid": _ONE_AXIS, "reason": _ONE_AXIS, "digest": _TWO_AXES}
+index_files = (ROOT + "zarr.json", *(f"{ROOT}{name}/{file}" for name, files in _INDEX.items() for file in files))
 
 _NUMBERS = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",

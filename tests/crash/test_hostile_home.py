@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from embcache import io
+from embcache import paths
 from embcache.cli import app
 from embcache.errors import StoreError
 from embcache.runs.folders import list_results
@@ -88,7 +88,7 @@ def test_what_another_user_keeps_to_himself_is_named_and_ends_nothing(
     folder = hostile.store if place == "store" else hostile.home / place
     _Locked(folder, monkeypatch)
     for command in ("ls", "verify", "gc", "results", "doctor"):
-        io._say_skipped.cache_clear()
+        paths._say_skipped.cache_clear()
         caplog.clear()
         output = hostile.command(command)
         concerned = place == "toy" or (place == "toy/runs") == (command in ("results", "gc"))

@@ -1,0 +1,442 @@
+"""A home in an object store, as a folder that everything else reads and writes like any other.
+
+The object store is what counts; the folder, under ``$EMBCACHE_CACHE_DIR``, is a copy of what was needed of it so far
+and can be deleted at any time. `embcache.io` calls a mirror where a path lies in one: changes are made in the object
+store first and then here, and files of features are read from there when they are first opened.
+
+::
+
+    <prefix>/home/<dataset>/dataset.parquet                          documents, under their paths in the home
+    <prefix>/home/<dataset>/<store>/recipe.json, canaries.json, plan/000017.json           created once
+    <prefix>/home/<dataset>/<store>/commits/000017.json              which attempt at a shard counts: created once
+    <prefix>/home/<dataset>/runs/<id>.json                           which attempt at a run counts: replaced
+    <prefix>/attempts/<dataset>/<store>/000017/<attempt>/data.zarr/… files, under a hash of all of them
+    <prefix>/leases/…                                                advisory
+
+A folder (a shard, a run) becomes visible by the one object that names its attempt, written last. Equal work is one
+attempt. What other readers see is the old folder or the new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from embcache import io as disk
+from embcache.errors import CorruptStoreError, UsageError
+from embcache.log import log
+from embcache.places import Entry, Place, as_url, is_url, open_place, probe
+from embcache.sealed import crc32c, seal, unseal
+
+MARK = ".place"  # file of a mirror: its URL
+_SHARD = re.compile(r"(?P<store>[^/]+/[^/]+)/shards/(?P<name>\d{6,})/(?P<file>.+)")
+_RUN = re.compile(r"(?P<dataset>[^/]+)/runs/(?P<name>[^/.][^/]*)/(?P<file>.+)")
+_LEASE = re.compile(r"[^/]+/[^/]+/leases/[^/]+")
+# Of this machine alone: checkpoints, drawings, and what a killed or running process has begun.
+_OWN = re.compile(
+    r"(weights|sample-images)/.*|(.*/)?\..*|[^/]+/(figures|[^/]+/(staging|view\.zarr))/.*|[^/]+/[^/]+\.lock"
+)
+_COMMIT = "commit.json"
+_FIRST = "result.json"  # of a run, which listings need
+THREADS = 16  # requests at a time: what takes long is waiting for the answers
+_FRESH_SECONDS = 2.0  # for which a listing is not asked for again
+_SETTLED_SECONDS = 60.0  # a younger file may be one that was written since the place was listed
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
+
+
+def cache_dir() -> Path:
+    """Folder of all mirrors: ``$EMBCACHE_CACHE_DIR``, else ``~/.cache/embcache-places``."""
+    return Path(os.environ.get("EMBCACHE_CACHE_DIR") or Path.home() / ".cache" / "embcache-places").expanduser()
+
+
+def cache_bytes() -> int:
+    """Bytes of features that a mirror keeps: ``$EMBCACHE_CACHE_SIZE`` (``200GB``), else 100 GB."""
+    text = os.environ.get("EMBCACHE_CACHE_SIZE") or "100GB"
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            "the size of the cache is no number of bytes", code="cache-size", expected="such as 200GB", found=text,
+            where="EMBCACHE_CACHE_SIZE", fix="--cache-size 200GB",
+        )  # fmt: skip
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
+
+
+class Mirror:
+    """The folder ``root`` as a copy of a home in ``place``."""
+
+    def __init__(self, root: Path, place: Place) -> None:
+        self.root, self.place = root, place
+        self._pulled: dict[str, float] = {}  # when folders were last compared with the place
+        self._held: int | None = None  # bytes of features here
+
+    # Paths and keys
+
+    def key(self, path: Path) -> str | None:
+        """The key of a document; None for what is not one: of this machine alone, or a file of an attempt."""
+        name = path.relative_to(self.root).as_posix()
+        if _LEASE.fullmatch(name):
+            return f"leases/{name}"
+        if _OWN.fullmatch(name):
+            return None
+        if match := _SHARD.fullmatch(name):
+            return f"home/{match['store']}/commits/{match['name']}.json" if match["file"] == _COMMIT else None
+        if match := _RUN.fullmatch(name):
+            return f"home/{match['dataset']}/runs/{match['name']}.json" if match["file"] == _COMMIT else None
+        return f"home/{name}"
+
+    def path(self, key: str) -> Path | None:
+        """The inverse of :meth:`key`; None for a key that is none of ours."""
+        name = key.removeprefix("home/")
+        name = re.sub(r"^([^/]+/[^/]+)/commits/(\d{6,})\.json$", rf"\1/shards/\2/{_COMMIT}", name)
+        name = re.sub(r"^([^/]+/runs)/([^/.][^/]*)\.json$", rf"\1/\2/{_COMMIT}", name)
+        path = self.root / name
+        return path if ".." not in path.parts and self.key(path) == key else None
+
+    def attempts(self, folder: Path) -> str:
+        """Prefix of all attempts at a folder."""
+        return "attempts/" + folder.relative_to(self.root).as_posix().replace("/shards/", "/")
+
+    def address(self, folder: Path, file: str) -> str:
+        """URL of a file of a committed folder, for readers without embcache."""
+        attempt = _read_commit(folder / _COMMIT)["attempt"]
+        return f"{self.place.url}/{self.attempts(folder)}/{attempt}/{file}"
+
+    # What `embcache.io` calls before it changes something here
+
+    def replace_file(self, path: Path, data: bytes) -> bool:
+        """Write a document there and here, or one file of a run; False where it is neither."""
+        if (match := _RUN.fullmatch(path.relative_to(self.root).as_posix())) and match["file"] != _COMMIT:
+            folder = self.root / match["dataset"] / "runs" / match["name"]
+            names = _read_commit(folder / _COMMIT)["files"]
+            files = {name: disk.read_regular(folder / name) for name in names}
+            disk.replace_folder(folder, {**files, match["file"]: data})
+            return True
+        if (key := self.key(path)) is None:
+            return False
+        self.check_fit()
+        self.place.put(key, data)
+        if key.startswith("home/"):
+            disk.cache_file(path, data)
+        return True
+
+    def create_file(self, path: Path, data: bytes) -> bool | None:
+        """Create a document there; here it is then as it is there. None where it is none."""
+        if (key := self.key(path)) is None:
+            return None
+        self.check_fit()
+        created = self.place.put_new(key, data)
+        if not created:
+            self._pulled.clear()  # another process was quicker: the next listing is a new one
+        if key.startswith("home/"):
+            disk.cache_file(path, data if created else self.place.get(key))
+        return created
+
+    def replace_folder(self, folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes] | None:
+        """Write a run there, whole; the files to write here. None where the folder is no run."""
+        name = folder.relative_to(self.root).as_posix()
+        if not _RUN.fullmatch(f"{name}/{_COMMIT}"):
+            return None
+        read = {n: data if isinstance(data, bytes) else disk.read_regular(data) for n, data in files.items()}
+        read.pop(_COMMIT, None)
+        sealed = self._upload(folder, read, {"files": _record(read)})
+        self.place.put(cast("str", self.key(folder / _COMMIT)), sealed)
+        return {**read, _COMMIT: sealed}
+
+    def commit_folder(self, folder: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
+        """Commit a shard's files there; whether this attempt is the one that counts.
+
+        ``content`` is that of the commit; after a lost answer or a conflict the client may say that there is one
+        already, of its own or none at all: so it is read back, and the attempts compared.
+        """
+        path = folder / _COMMIT
+        sealed = self._upload(folder, files, content)
+        key = cast("str", self.key(path))
+        self.place.put_new(key, sealed)
+        there = self.place.get(key)
+        disk.cache_file(path, there)
+        counts = _attempt(there, path) == _attempt(sealed, path)
+        for name, data in files.items() if counts else ():
+            disk.cache_file(folder / name, data)
+        self._bound(sum(map(len, files.values())) if counts else 0)
+        return counts
+
+    def restore_folder(self, folder: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> bool:
+        """Write a damaged shard again; False where the commit, which is final, names other files."""
+        path = folder / _COMMIT
+        sealed = self._upload(folder, files, content)
+        with suppress(CorruptStoreError):
+            if _attempt(disk.read_regular(path), path) != _attempt(sealed, path):
+                return False
+        self.place.put(cast("str", self.key(path)), sealed)
+        disk.cache_file(path, sealed)
+        self.forget(folder)
+        return True
+
+    def collect(self, store: Path, committed: Iterable[int], *, dry_run: bool = False) -> list[Entry]:
+        """Remove attempts at committed shards that do not count, and their leases; what was removed."""
+        names = {f"{number:06d}" for number in committed}
+        counts = {name: _read_commit(store / "shards" / name / _COMMIT)["attempt"] for name in names}
+        top, leases = self.attempts(store), f"leases/{store.relative_to(self.root).as_posix()}/leases"
+        found = [entry for entry in self.place.list(leases) if Path(entry.key).stem in names]
+        for entry in self.place.list(top):
+            name, attempt = entry.key.removeprefix(f"{top}/").split("/")[:2]
+            found += [entry] if counts.get(name, attempt) != attempt else []
+        for entry in () if dry_run else found:
+            self.place.delete(entry.key)
+        return found
+
+    def delete(self, path: Path) -> None:
+        """Remove a document there; commits stay, for without one another attempt could win."""
+        if (key := self.key(path)) is not None and "/commits/" not in key:
+            self.place.delete(key)
+
+    def fetch(self, path: Path) -> bool:
+        """Bring a file of a committed folder here; False where no commit names it."""
+        name = path.relative_to(self.root).as_posix()
+        match = _SHARD.fullmatch(name) or _RUN.fullmatch(name)
+        if match is None or match["file"] == _COMMIT:
+            return False
+        folder = Path(str(path)[: -len(match["file"]) - 1])
+        try:
+            commit = _read_commit(folder / _COMMIT)
+        except FileNotFoundError:
+            return False
+        if match["file"] not in commit["files"]:
+            return False
+        try:
+            data = self.place.get(f"{self.attempts(folder)}/{commit['attempt']}/{match['file']}")
+        except FileNotFoundError:
+            return False
+        recorded, found = commit["files"][match["file"]], {"size": len(data), "crc32c": crc32c(data)}
+        if recorded != found:
+            raise CorruptStoreError(
+                "a file in the object store is not the one that was committed", code="file-changed",
+                expected=f"{recorded}", found=f"{found}", where=self.address(folder, match["file"]),
+                fix="embcache verify --repair",
+            )  # fmt: skip
+        disk.cache_file(path, data)
+        if match.re is _SHARD:
+            self._bound(len(data))
+        return True
+
+    # What reads the folder calls
+
+    def refresh(self, folder: Path | None = None, *, whole: bool = False) -> None:
+        """Bring documents under a folder (default: all) here as they are there; not again within a moment.
+
+        With ``whole`` those too that are here already and never change.
+        """
+        name = "" if folder is None else folder.relative_to(self.root).as_posix()
+        now = time.monotonic()
+        if not whole and any(now < self._pulled.get(each, -1) + _FRESH_SECONDS for each in ("", name)):
+            return
+        started = time.time()
+        entries, known = dict[Path, str](), self._etags()
+        for entry in self.place.list(f"home/{name}" if name else "home"):
+            if (path := self.path(entry.key)) is not None:
+                entries[path] = entry.etag
+        self._bring([
+            path for path, etag in entries.items()
+            if whole or not path.exists() or not (_created_once(path) or known.get(str(path)) == etag)
+        ])  # fmt: skip
+        learned = {str(path): etag for path, etag in entries.items() if not _created_once(path)}
+        if learned.items() - known.items():
+            disk.cache_file(self.root / ".etags.json", json.dumps({**known, **learned}).encode())
+        for path in self._documents(self.root / name):
+            # Younger than the listing: written by this or another process of this machine.
+            if path not in entries and path.lstat().st_mtime < started - _SETTLED_SECONDS:
+                with suppress(FileNotFoundError):
+                    disk.remove(path.parent if path.name == _COMMIT else path)
+        self._pulled[name] = time.monotonic()
+
+    def look(self, path: Path) -> bool:
+        """Whether a document exists, here or there; it is then here."""
+        if path.exists():
+            return True
+        data = self.read(path)
+        return data is not None and self._install(path, data)
+
+    def read(self, path: Path) -> bytes | None:
+        """A document as it is there now; None where there is none."""
+        try:
+            return self.place.get(cast("str", self.key(path)))
+        except FileNotFoundError:
+            return None
+
+    def age(self, path: Path) -> float:
+        """Seconds since a document was written, by the place's clock; infinite where there is none."""
+        key = cast("str", self.key(path))
+        tick = f"leases/clock-{secrets.token_hex(8)}"
+        self.place.put(tick, b"\n")
+        try:
+            there = {entry.key: entry.modified for entry in self.place.list("leases") if entry.key in (key, tick)}
+        finally:
+            self.place.delete(tick)
+        return there[tick] - there[key] if key in there and tick in there else float("inf")
+
+    def prefetch(self, paths: Iterable[Path]) -> None:
+        """Bring files of committed folders here, several at a time."""
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:
+                list(pool.map(self.fetch, missing))
+
+    def forget(self, folder: Path) -> None:
+        """Remove the copies of files of a committed folder: what is read next is read from the place."""
+        for path in folder.rglob("*"):
+            if path != folder / _COMMIT and not path.is_dir():
+                with suppress(FileNotFoundError):  # another process does the same
+                    disk.remove(path)
+
+    def check_fit(self) -> None:
+        """Try the place before the first write; `StoreError` where commits cannot rely on it."""
+        if not (self.root / ".probed").exists():
+            probe(self.place)
+            disk.cache_file(self.root / ".probed", b"\n")
+            log.info(
+                "%s keeps labels and patients of datasets too: see that only your group can read it", self.place.url
+            )
+
+    def _upload(self, folder: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> bytes:
+        """Write the files of an attempt; the sealed commit that names it."""
+        self.check_fit()
+        attempt = _hash(files)
+        self._put_all({f"{self.attempts(folder)}/{attempt}/{name}": data for name, data in files.items()})
+        return seal({**content, "attempt": attempt})
+
+    def _put_all(self, objects: Mapping[str, bytes]) -> None:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="put") as pool:
+            list(pool.map(self.place.put, objects.keys(), objects.values()))
+
+    def _bring(self, paths: Sequence[Path]) -> None:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="get") as pool:
+            for path, data in zip(paths, pool.map(self._readable, paths), strict=True):
+                if data is not None:
+                    self._install(path, data)
+        self.prefetch([path.with_name(_FIRST) for path in paths if path.name == _COMMIT and _is_run(path.parent)])
+
+    def _readable(self, path: Path) -> bytes | None:
+        try:
+            return self.read(path)
+        except CorruptStoreError as error:
+            log.warning("%s: %s; %s", error.where, error.problem, error.found)
+            return b""  # its readers find it damaged
+
+    def _install(self, path: Path, data: bytes) -> bool:
+        if path.name == _COMMIT and path.exists() and disk.read_regular(path) != data:
+            self.forget(path.parent)  # of another attempt
+        disk.cache_file(path, data)
+        return True
+
+    def _etags(self) -> dict[str, str]:
+        with suppress(OSError, ValueError):
+            found = json.loads(disk.read_regular(self.root / ".etags.json"))
+            return {str(path): str(etag) for path, etag in found.items()}
+        return {}
+
+    def _documents(self, folder: Path) -> list[Path]:
+        found = []
+        for root, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in ("weights", "data.zarr")]
+            paths = [Path(root, name) for name in files]
+            found += [path for path in paths if (self.key(path) or "").startswith("home/")]
+        return found
+
+    def _bound(self, added: int) -> None:
+        """Count what was added, and remove the oldest files of features where there are too many bytes."""
+        most = cache_bytes()
+        if self._held is not None and self._held + added <= most:
+            self._held += added
+            return
+        files = [path for path in self.root.glob("*/*/shards/*/**/*") if path.is_file() and path.name != _COMMIT]
+        states = sorted((state.st_mtime, state.st_size, path) for path in files if (state := path.lstat()))
+        self._held = sum(size for _, size, _ in states)
+        for _, size, path in states:
+            if self._held <= max(0.8 * most, added):
+                break
+            if self._held > most or size:
+                with suppress(FileNotFoundError):
+                    disk.remove(path)
+                self._held -= size
+
+
+def _created_once(path: Path) -> bool:
+    """Whether a document never changes: plans, commits, recipes."""
+    folder = path.parent
+    return folder.name == "plan" or path.name in ("recipe.json", "canaries.json") or folder.parent.name == "shards"
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.parent.name == "runs"
+
+
+def _record(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    return {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
+
+
+def _hash(files: Mapping[str, bytes]) -> str:
+    """Sha256 over names and bytes of files: equal work is one attempt."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{len(name.encode())} {name} {len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _attempt(sealed: bytes, where: Path) -> str:
+    return str(unseal(sealed, where, "embcache verify")["attempt"])
+
+
+def _read_commit(path: Path) -> dict[str, Any]:
+    """A commit's attempt and files, checked: they become parts of keys and of paths."""
+    content = unseal(disk.read_regular(path), path, f"remove {path.parent}: it is a copy")
+    attempt, files = content.get("attempt"), content.get("files")
+    bad = not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{64}", attempt) or not isinstance(files, dict)
+    if bad or any(".." in Path(name).parts or Path(name).is_absolute() for name in cast("dict[str, Any]", files)):
+        raise CorruptStoreError(
+            "a commit is not as embcache writes it", code="file-foreign", found=f"attempt {str(attempt)[:80]!r}",
+            where=path, fix="embcache verify",
+        )  # fmt: skip
+    return content
+
+
+@functools.cache
+def open_mirror(url: str) -> Mirror:
+    """The mirror of a home in an object store, as it is there now; the place itself is not written to."""
+    url = as_url(url)
+    endpoint = next(filter(None, (os.environ.get(f"AWS_ENDPOINT_URL{end}") for end in ("_S3", ""))), "")
+    digits = hashlib.sha256(f"{url}\0{endpoint}".encode()).hexdigest()[:12]
+    readable = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[:60]
+    root = cache_dir() / f"{readable}-{digits}"
+    mirror = Mirror(root, open_place(url))
+    with disk.writing(root):
+        disk.attach(root, mirror)
+    disk.cache_file(root / MARK, url.encode())
+    mirror.refresh()
+    return mirror
+
+
+def home_of(home: disk.PathLike) -> Path:
+    """A home's folder: of a URL that of its mirror, which is brought up to date when it is first used."""
+    if is_url(home):
+        return open_mirror(str(home)).root
+    path = Path(home).expanduser()
+    if path.parent == cache_dir() and disk.mirror_of(path) is None and (path / MARK).is_file():  # another process's
+        return open_mirror(disk.read_regular(path / MARK).decode()).root
+    return path
+
+
+def shown_home(home: disk.PathLike) -> str:
+    """A home as a user types it."""
+    mirror = disk.mirror_of(Path(home))
+    return mirror.place.url if isinstance(mirror, Mirror) else as_url(home)
