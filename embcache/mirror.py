@@ -9,6 +9,7 @@ store first and then here, and files of features are read from there when they a
     <prefix>/home/<dataset>/dataset.parquet                          documents, under their paths in the home
     <prefix>/home/<dataset>/<store>/recipe.json, canaries.json, plan/000017.json           created once
     <prefix>/home/<dataset>/<store>/commits/000017.json              which attempt at a shard counts: created once
+    <prefix>/home/<dataset>/<store>/manifests/001000.json            copies of a thousand commits
     <prefix>/home/<dataset>/runs/<id>.json                           which attempt at a run counts: replaced
     <prefix>/attempts/<dataset>/<store>/000017/<attempt>/data.zarr/… files, under a hash of all of them
     <prefix>/leases/…                                                advisory
@@ -42,13 +43,14 @@ MARK = ".place"  # file of a mirror: its URL
 _SHARD = re.compile(r"(?P<store>[^/]+/[^/]+)/shards/(?P<name>\d{6,})/(?P<file>.+)")
 _RUN = re.compile(r"(?P<dataset>[^/]+)/runs/(?P<name>[^/.][^/]*)/(?P<file>.+)")
 _LEASE = re.compile(r"[^/]+/[^/]+/leases/[^/]+")
-# Of this machine alone: checkpoints, drawings, and what a killed or running process has begun.
+# Of this machine alone: checkpoints, drawings, states of files, and what is begun and not finished.
 _OWN = re.compile(
-    r"(weights|sample-images)/.*|(.*/)?\..*|[^/]+/(figures|[^/]+/(staging|view\.zarr))/.*|[^/]+/[^/]+\.lock"
+    r"(weights|sample-images)/.*|(.*/)?\..*|[^/]+/(scan\.parquet|networks\.json|figures/.*|[^/]+/(staging|view\.zarr)/.*)"
 )
 _COMMIT = "commit.json"
 _FIRST = "result.json"  # of a run, which listings need
 THREADS = 16  # requests at a time: what takes long is waiting for the answers
+_FOLDED = 1000  # commits in one manifest
 _FRESH_SECONDS = 2.0  # for which a listing is not asked for again
 _SETTLED_SECONDS = 60.0  # a younger file may be one that was written since the place was listed
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
@@ -76,7 +78,8 @@ class Mirror:
 
     def __init__(self, root: Path, place: Place) -> None:
         self.root, self.place = root, place
-        self._pulled: dict[str, float] = {}  # when folders were last compared with the place
+        self._refreshed: dict[Path | None, float] = {}  # when documents were last compared with those of the place
+        self._plans: dict[Path, set[int]] = {}  # numbers of plans by store, as of then
         self._held: int | None = None  # bytes of features here
 
     # Paths and keys
@@ -136,7 +139,7 @@ class Mirror:
         self.check_fit()
         created = self.place.put_new(key, data)
         if not created:
-            self._pulled.clear()  # another process was quicker: the next listing is a new one
+            self._refreshed.clear()  # another process was quicker: the next listing is a new one
         if key.startswith("home/"):
             disk.cache_file(path, data if created else self.place.get(key))
         return created
@@ -201,8 +204,10 @@ class Mirror:
             self.place.delete(key)
 
     def fetch(self, path: Path) -> bool:
-        """Bring a file of a committed folder here; False where no commit names it."""
+        """Bring a plan, or a file of a committed folder, here; False where there is none."""
         name = path.relative_to(self.root).as_posix()
+        if path.parent.name == "plan":
+            return self.look(path)
         match = _SHARD.fullmatch(name) or _RUN.fullmatch(name)
         if match is None or match["file"] == _COMMIT:
             return False
@@ -232,32 +237,66 @@ class Mirror:
     # What reads the folder calls
 
     def refresh(self, folder: Path | None = None, *, whole: bool = False) -> None:
-        """Bring documents under a folder (default: all) here as they are there; not again within a moment.
+        """Bring documents here as they are there: of one store with its commits, or (default) of all but stores.
 
-        With ``whole`` those too that are here already and never change.
+        Not again within a moment. Plans are listed only, and brought when they are read. With ``whole`` a store's
+        documents are brought although they are here and never change.
         """
-        name = "" if folder is None else folder.relative_to(self.root).as_posix()
         now = time.monotonic()
-        if not whole and any(now < self._pulled.get(each, -1) + _FRESH_SECONDS for each in ("", name)):
+        if not whole and now < self._refreshed.get(folder, -1) + _FRESH_SECONDS:
             return
-        started = time.time()
-        entries, known = dict[Path, str](), self._etags()
-        for entry in self.place.list(f"home/{name}" if name else "home"):
-            if (path := self.path(entry.key)) is not None:
-                entries[path] = entry.etag
-        self._bring([
-            path for path, etag in entries.items()
-            if whole or not path.exists() or not (_created_once(path) or known.get(str(path)) == etag)
-        ])  # fmt: skip
-        learned = {str(path): etag for path, etag in entries.items() if not _created_once(path)}
-        if learned.items() - known.items():
-            disk.cache_file(self.root / ".etags.json", json.dumps({**known, **learned}).encode())
-        for path in self._documents(self.root / name):
-            # Younger than the listing: written by this or another process of this machine.
-            if path not in entries and path.lstat().st_mtime < started - _SETTLED_SECONDS:
+        started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), list[Path]()
+        name = "" if folder is None else f"/{folder.relative_to(self.root).as_posix()}"
+        plans, manifests = set[int](), list[Path]()
+        for entry in self.place.list(f"home{name}"):
+            path = self.path(entry.key)
+            if path is None or (folder is None and _of_shard(path)):
+                continue
+            if path.parent.name == "plan":
+                plans.add(int(path.stem))
+            elif path.parent.name == "manifests":
+                manifests.append(path)
+            learned[str(path)] = "" if _created_once(path) else entry.etag
+            if whole or not path.exists() or known.get(str(path), "") != learned[str(path)]:
+                wanted += [path] if whole or not _of_shard(path) or path.name == _COMMIT else []
+        if not whole:
+            self._unfold(manifests)
+        self._bring([path for path in wanted if whole or not (_created_once(path) and path.exists())])
+        if folder is not None:
+            self._plans[folder] = plans
+        else:
+            disk.cache_file(self.root / ".etags.json", json.dumps(learned).encode())
+            for path in (Path(text) for text in {*known, *map(str, self._documents())} - {*learned}):
+                # Younger than the listing: written by this or another process of this machine.
                 with suppress(FileNotFoundError):
-                    disk.remove(path.parent if path.name == _COMMIT else path)
-        self._pulled[name] = time.monotonic()
+                    if path.lstat().st_mtime < started - _SETTLED_SECONDS:
+                        disk.remove(path.parent if path.name in (_COMMIT, "recipe.json") else path)
+        self._refreshed[folder] = time.monotonic()
+
+    def plans(self, store: Path) -> set[int]:
+        """Numbers of a store's plans."""
+        self.refresh(store)
+        return self._plans[store]
+
+    def fold(self, store: Path, committed: Sequence[int]) -> None:
+        """Keep the commits of each complete thousand of shards in one object: it only makes them quicker to read."""
+        there = set(committed)
+        for first in range(0, max(there, default=0) + 1, _FOLDED):
+            numbers, path = range(first, first + _FOLDED), store / "manifests" / f"{first:06d}.json"
+            if there.issuperset(numbers) and not path.exists():
+                paths = [store / "shards" / f"{number:06d}" / _COMMIT for number in numbers]
+                self.create_file(path, seal({"commits": [disk.read_regular(each).decode() for each in paths]}))
+
+    def _unfold(self, manifests: Sequence[Path]) -> None:
+        for path in manifests:
+            first = int(path.stem)
+            paths = [path.parents[1] / "shards" / f"{first + k:06d}" / _COMMIT for k in range(_FOLDED)]
+            if all(each.exists() for each in paths) or (data := self.read(path)) is None:
+                continue
+            with suppress(CorruptStoreError, KeyError, ValueError):  # then they are read one by one
+                for each, text in zip(paths, unseal(data, path, "")["commits"], strict=True):
+                    if not each.exists():
+                        self._install(each, text.encode())
 
     def look(self, path: Path) -> bool:
         """Whether a document exists, here or there; it is then here."""
@@ -303,9 +342,7 @@ class Mirror:
         if not (self.root / ".probed").exists():
             probe(self.place)
             disk.cache_file(self.root / ".probed", b"\n")
-            log.info(
-                "%s keeps labels and patients of datasets too: see that only your group can read it", self.place.url
-            )
+            log.info("%s will hold labels and patients too: let only your group read it", self.place.url)
 
     def _upload(self, folder: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> bytes:
         """Write the files of an attempt; the sealed commit that names it."""
@@ -344,10 +381,11 @@ class Mirror:
             return {str(path): str(etag) for path, etag in found.items()}
         return {}
 
-    def _documents(self, folder: Path) -> list[Path]:
+    def _documents(self) -> list[Path]:
+        """Documents that are here, but those of shards."""
         found = []
-        for root, folders, files in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".") and name not in ("weights", "data.zarr")]
+        for root, folders, files in os.walk(self.root):
+            folders[:] = [name for name in folders if name not in ("plan", "shards", "manifests", "weights", "staging")]
             paths = [Path(root, name) for name in files]
             found += [path for path in paths if (self.key(path) or "").startswith("home/")]
         return found
@@ -370,10 +408,14 @@ class Mirror:
                 self._held -= size
 
 
+def _of_shard(path: Path) -> bool:
+    """Whether a document belongs to one shard, or some: there may be very many."""
+    return path.parent.name in ("plan", "manifests") or path.parent.parent.name == "shards"
+
+
 def _created_once(path: Path) -> bool:
-    """Whether a document never changes: plans, commits, recipes."""
-    folder = path.parent
-    return folder.name == "plan" or path.name in ("recipe.json", "canaries.json") or folder.parent.name == "shards"
+    """Whether a document never changes."""
+    return _of_shard(path) or path.name in ("recipe.json", "canaries.json")
 
 
 def _is_run(folder: Path) -> bool:

@@ -36,7 +36,7 @@ from embcache.store.reading import (
 from embcache.store.schema import StoreHeader
 
 # A store's own entries; anything else in its folder is reported and left alone.
-_ENTRIES = {"recipe.json", CANARIES, "plan", "shards", "leases", "staging", *VIEWS}
+_ENTRIES = {"recipe.json", CANARIES, "plan", "shards", "leases", "staging", "manifests", *VIEWS}
 _AHEAD = 1024  # images handed to the threads at a time by `check_source`
 _NFS = ".nfs"  # what an NFS client leaves of a file that is removed while it is open
 

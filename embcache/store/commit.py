@@ -255,6 +255,8 @@ def _references(mirror: Mirror, store: Path, view: str, files: Mapping[str, byte
 def refresh_view(store: Path) -> bool:
     """Write the view unless it shows what is committed: a killed run leaves this to the next; True when written."""
     store = Path(store)
+    if mirror := disk.mirror_of(store):
+        mirror.fold(store, reading.committed_numbers(store))
     if view_is_current(store, reading.read_header(store)):
         disk.remove_leftovers(store / "staging", "view-")
         return False

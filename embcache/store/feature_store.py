@@ -18,6 +18,7 @@ import numpy as np
 from embcache.cores import usable_cores
 from embcache.errors import RecipeError, StoreError, StoreNotFoundError, printable
 from embcache.fields import bare_name
+from embcache.io import mirror_of
 from embcache.mirror import shown_home
 from embcache.notebook import html_table
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, not_readable, skip, slug
@@ -33,6 +34,7 @@ PIXELS = "pixels"
 
 Rows = slice | SupportsIndex | np.ndarray | list[int]
 _FEW = 2  # shards that are read one by one, the last of them kept for reading the next rows
+_REQUESTS = 16  # shards of an object store at a time: what takes long is waiting for the answers
 _THREADS = 4  # reading and checking are at the speed of the memory long before there are more
 
 
@@ -123,7 +125,8 @@ class Features:
         elif parts:
             self._last = None
             read = partial(reading.read_features, self._path, self._header)
-            with ThreadPoolExecutor(min(_THREADS, usable_cores()), thread_name_prefix="read") as pool:
+            threads = min(_THREADS, usable_cores()) if mirror_of(self._path) is None else _REQUESTS
+            with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
                 list(pool.map(lambda part: take(part, read), parts))  # the first error is raised
         return out.reshape(*np.shape(chosen), *self._header.row_shape)
 
@@ -250,6 +253,8 @@ class FeatureStore:
 
         def look() -> tuple[reading.LiveRows, list[PlanEntry]]:
             live = reading.read_live(self.path, self._header)
+            if mirror := mirror_of(self.path):
+                mirror.prefetch(reading.plan_path(self.path, number) for number in live.shard_rows)
             return live, reading.row_sources(live, partial(reading.read_plan, self.path))
 
         live, held = reading.unless_collected(self.path, look)

@@ -145,20 +145,16 @@ def read_canaries(store: Path) -> np.ndarray | None:
 
 def plan_numbers(store: Path) -> list[int]:
     """Numbers of the published plans, ascending."""
-    refresh(store)
+    if mirror := mirror_of(store):
+        return sorted(mirror.plans(store))
     listed = _listing(store / "plan", os.DirEntry.is_file)
     return _numbers(name.removesuffix(".json") for name in listed if name.endswith(".json"))
 
 
-def refresh(store: Path) -> None:
-    """Bring plans and commits of a store in an object store here."""
-    if mirror := mirror_of(store):
-        mirror.refresh(store)
-
-
 def committed_numbers(store: Path) -> list[int]:
     """Numbers of the committed shards, ascending."""
-    refresh(store)
+    if mirror := mirror_of(store):
+        mirror.refresh(store)
     return _numbers(_listing(store / "shards", os.DirEntry.is_dir))
 
 
@@ -330,7 +326,14 @@ def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
 
 def read_plans(store: Path, but: Container[int] = ()) -> dict[int, tuple[PlanEntry, ...]]:
     """Rows that each published shard owes or owed, by number, ascending, but some; raises as `read_plan`."""
-    return unless_collected(store, lambda: {n: read_plan(store, n) for n in plan_numbers(store) if n not in but})
+
+    def look() -> dict[int, tuple[PlanEntry, ...]]:
+        numbers = [n for n in plan_numbers(store) if n not in but]
+        if mirror := mirror_of(store):
+            mirror.prefetch(plan_path(store, n) for n in numbers)
+        return {n: read_plan(store, n) for n in numbers}
+
+    return unless_collected(store, look)
 
 
 def read_live(store: Path, header: StoreHeader, numbers: Sequence[int] | None = None) -> LiveRows:
