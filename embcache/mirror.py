@@ -51,7 +51,7 @@ _COMMIT = "commit.json"
 _FIRST = "result.json"  # of a run, which listings need
 THREADS = 16  # requests at a time: what takes long is waiting for the answers
 _FOLDED = 1000  # commits in one manifest
-_FRESH_SECONDS = 2.0  # for which a listing is not asked for again
+_FRESH_SECONDS, _CURRENT_SECONDS = 2.0, 60.0  # for which a store, and a home, are not listed again
 _SETTLED_SECONDS = 60.0  # a younger file may be one that was written since the place was listed
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
 
@@ -243,7 +243,7 @@ class Mirror:
         documents are brought although they are here and never change.
         """
         now = time.monotonic()
-        if not whole and now < self._refreshed.get(folder, -1) + _FRESH_SECONDS:
+        if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
         started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), list[Path]()
         name = "" if folder is None else f"/{folder.relative_to(self.root).as_posix()}"
@@ -454,7 +454,7 @@ def _read_commit(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def open_mirror(url: str) -> Mirror:
-    """The mirror of a home in an object store, as it is there now; the place itself is not written to."""
+    """The mirror of a home in an object store; nothing is read or written there yet."""
     url = as_url(url)
     endpoint = next(filter(None, (os.environ.get(f"AWS_ENDPOINT_URL{end}") for end in ("_S3", ""))), "")
     digits = hashlib.sha256(f"{url}\0{endpoint}".encode()).hexdigest()[:12]
@@ -464,21 +464,22 @@ def open_mirror(url: str) -> Mirror:
     with disk.writing(root):
         disk.attach(root, mirror)
     disk.cache_file(root / MARK, url.encode())
-    mirror.refresh()
     return mirror
 
 
 def home_of(home: disk.PathLike) -> Path:
     """A home's folder: of a URL that of its mirror, which is brought up to date when it is first used."""
-    if is_url(home):
-        return open_mirror(str(home)).root
     path = Path(home).expanduser()
-    if path.parent == cache_dir() and disk.mirror_of(path) is None and (path / MARK).is_file():  # another process's
-        return open_mirror(disk.read_regular(path / MARK).decode()).root
-    return path
+    if not is_url(home):
+        if path.parent != cache_dir() or not (path / MARK).is_file():
+            return path
+        home = disk.read_regular(path / MARK).decode()  # another process has opened it
+    mirror = open_mirror(os.fspath(home))
+    mirror.refresh()
+    return mirror.root
 
 
 def shown_home(home: disk.PathLike) -> str:
     """A home as a user types it."""
-    mirror = disk.mirror_of(Path(home))
-    return mirror.place.url if isinstance(mirror, Mirror) else as_url(home)
+    mirror = disk.mirror_of(home)
+    return mirror.place.url if mirror and mirror.root == Path(home) else as_url(home)

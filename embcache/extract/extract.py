@@ -41,7 +41,7 @@ from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
 from embcache.extract.quarantine import Quarantine
 from embcache.extract.scan import TICK_NS, DatasetFiles, image_root, plan_store, scan_dataset
 from embcache.fields import bare_name
-from embcache.io import keep_file, list_folder
+from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
 from embcache.paths import PathLike, slug, weights_dir
 from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 BATCH_SIZES = {"cpu": 16, "cuda": 64}
 # Seconds of work to finish before an interrupted run ends, or to lose. They are larger if that would make more shards
 # than it should take to open a store (docs/benchmarks.md).
-ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096}
+ROWS_PER_SHARD = {"cpu": 64, "cuda": 4096, "place": 4096}  # in an object store requests are what costs
 _MOST_SHARDS = 2048
 _MOST_KNOWN, _MOST_BYTES = 256, 1 << 24  # of what is kept in networks.json
 
@@ -214,7 +214,7 @@ def _open_store(
     canaries = cache(partial(canary_features, network))
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
-        rows_per_shard=config.rows_per_shard or default_rows(device, len(dataset)),
+        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, len(dataset)),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=_threads(), runtime=runtime,
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
@@ -290,7 +290,7 @@ def _kept(network: FrozenNetwork, home: PathLike | None) -> Path | None:
 
 
 def default_rows(device: str, images: int) -> int:
-    """Rows per shard of a new store, by the type of the device: ``cpu``, ``cuda``, ….
+    """Rows per shard of a new store, by the type of the device (``cpu``, ``cuda``, …), or ``place`` in an object store.
 
     Doubled until there are not too many shards; at most the number of images (but 64), for a shard takes the memory of
     all its rows.

@@ -31,7 +31,9 @@ from embcache.errors import EmbcacheError
 from embcache.log import log
 from embcache.maintain.listing import CachedStore, list_cached, list_interrupted, walk_stores
 from embcache.maintain.verify import lease_files, leftovers
+from embcache.mirror import shown_home
 from embcache.paths import PathLike, data_dir, home_dir, weights_dir
+from embcache.places import is_url
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import is_abandoned
 
@@ -110,7 +112,7 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
 def _place(name: str, path: Path) -> dict[str, Any]:
     nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
     usage, writable = shutil.disk_usage(nearest), nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    answer = {"name": name, "path": str(path), "there": path.exists(), "writable": writable}
+    answer = {"name": name, "path": shown_home(path), "there": path.exists(), "writable": writable}
     return answer | {"free_bytes": usage.free, "disk_bytes": usage.total}
 
 
@@ -119,7 +121,7 @@ def _owed(cached: list[CachedStore], home: dict[str, Any], problems: list[str]) 
     rows = [(row.owed, FeatureStore(row.path)) for row in cached if row.owed and not row.problem]
     images = sum(owed for owed, _ in rows)
     size = sum(owed * prod(store.row_shape) * store.dtype.itemsize for owed, store in rows)
-    enough = size * _SPARE <= home["free_bytes"]
+    enough = is_url(home["path"]) or size * _SPARE <= home["free_bytes"]
     if not enough:
         problems.append(
             f"what is planned takes {size / 1e9:.1f} GB and {home['free_bytes'] / 1e9:.1f} GB are free in "
