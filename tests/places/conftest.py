@@ -42,6 +42,7 @@ def bucket(moto: int, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delenv(name)
     for name, value in environment(moto).items():
         monkeypatch.setenv(name, value)
+    open_place.cache_clear()
     return f"s3://{BUCKET}/{next(_numbers)}"
 
 
@@ -50,6 +51,7 @@ def proxy(moto: int, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[F
     """A proxy before the server that does nothing yet; places that are opened now go through it."""
     with FaultProxy(moto, seed=20).running() as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.port}")
+        open_place.cache_clear()
         yield running
 
 
@@ -62,6 +64,7 @@ def impatient(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
         places, "_retries", lambda: {"max_retries": 2, "backoff": pauses, "retry_timeout": timedelta(seconds=5)}
     )
     monkeypatch.setenv("AWS_TIMEOUT", "200ms")
+    open_place.cache_clear()
 
 
 @dataclass(frozen=True)
