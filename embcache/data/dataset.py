@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from embcache.config import DatasetRef
 from embcache.data.classes import new_names, rename_classes, with_ref
-from embcache.data.files import check_paths, locate_files, near_misses
+from embcache.data.files import check_paths, is_object, locate_files, near_misses
 from embcache.data.groups import LOOKED_AT_LOADING, join_groups
 from embcache.data.published import (
     DATASETS,
@@ -31,7 +31,15 @@ from embcache.data.published import (
     unreadable_as_error,
 )  # fmt: skip
 from embcache.data.tables import COLUMNS, SPLITS, check_strings, check_unique
-from embcache.errors import DatasetError, DatasetNotFoundError, EmbcacheError, UsageError, first_few, printable
+from embcache.errors import (
+    DatasetError,
+    DatasetNotFoundError,
+    EmbcacheError,
+    StoreError,
+    UsageError,
+    first_few,
+    printable,
+)
 from embcache.io import read_regular
 from embcache.notebook import html_table
 from embcache.paths import PathLike, home_dir, home_folders, skip
@@ -433,7 +441,8 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
             if folder is not None and folder.exists():
                 try:
                     return _load(layout, folder, home, replace(ref, name=cached.name), survey=survey), "live"
-                except DatasetNotFoundError:  # the folder has been emptied, or is another thing of that name
+                # The folder has been emptied, or is another thing of that name; or an object store does not answer.
+                except (DatasetNotFoundError, StoreError):
                     continue
     if named_columns(ref) != named_columns(cached.ref):
         raise DatasetNotFoundError(
@@ -485,7 +494,7 @@ def _load(
         sizes = locate_files(ds.root, ds.table["path"].tolist(), sizes=looked)
         missing = tuple(path for path, size in sizes.items() if size is None)
         if missing and not survey and (not ref.allow_missing or len(missing) == len(sizes)):
-            near, advice = near_misses(ds.root, missing)
+            near, advice = near_misses(ds.root, [path for path in missing if not is_object(path)])
             get = f"get the images: kagglehub.{layout.download}" if layout.download else "put the images there"
             skipped = ["--allow-missing (in Python allow_missing=True)"] if len(missing) < len(sizes) else []
             raise DatasetError(

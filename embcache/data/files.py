@@ -1,17 +1,25 @@
-"""A dataset's files: safe relative paths, images at any level of a folder, and near misses of paths that are absent."""
+"""A dataset's files: safe relative paths, images at any level of a folder, and near misses of paths that are absent.
+
+In a table ``s3://bucket/key`` names an object, which is read whole. Objects are not below the root, and need not be.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import stat
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from embcache.errors import DatasetError, first_few
+from embcache.places import Entry, Place, check_key, open_place
 
 # What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
@@ -40,7 +48,9 @@ def check_paths(paths: Sequence[str], column: str, *, where: object) -> None:
     if not any(mark in whole for mark in ("..", "\n/", "\n\\", ":/", ":\\")):
         return
     for path in paths:
-        if is_absolute(path) or (".." in path and ".." in path.replace("\\", "/").split("/")):
+        if is_object(path):
+            split_object(path)
+        elif is_absolute(path) or (".." in path and ".." in path.replace("\\", "/").split("/")):
             raise refuse_outside(path, column, where=where)
 
 
@@ -69,6 +79,85 @@ def refuse_outside(path: str, column: str = "path", *, where: object) -> Dataset
         expected="relative to the root, not absolute and without .., to a file inside it (links followed)",
         found=repr(path), where=where, fix="write it as seen from the root, or copy the file into it",
     )  # fmt: skip
+
+
+# Objects
+
+_OBJECTS = ("s3://", "gs://", "az://", "memory://")
+_BUCKET = re.compile(r"[\w.-]+")
+_LOOKED_AT, _LOOKERS = 4000, 16  # keys that a thread looks for at a time, and threads
+_PASSED = 2000  # objects that are not looked for, in a row: beyond them the listing starts again at the next that is
+
+
+def is_object(path: str) -> bool:
+    """Whether a path of a table names an object in an object store."""
+    return path.startswith(_OBJECTS)
+
+
+def split_object(url: str) -> tuple[str, str]:
+    """The place and the key of an object, ``s3://bucket`` and ``folder/image.png``; `DatasetError` if it is none."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    try:
+        if _BUCKET.fullmatch(bucket) and check_key(key):
+            return f"{scheme}://{bucket}", key
+    except ValueError:
+        pass
+    credentials, at, public = rest.rpartition("@")
+    raise DatasetError(
+        "the address of an image in an object store cannot be used", code="object-address",
+        expected=f"{scheme}://BUCKET/KEY, as it is called there; credentials come from the environment",
+        found=f"{scheme}://…@{public}" if at and credentials else url,
+        fix="write the address without credentials, empty parts, . and ..",
+    )  # fmt: skip
+
+
+def open_file(root: Path, path: str) -> io.BytesIO | io.BufferedReader:
+    """A file below ``root``, or an object read whole; FileNotFoundError where there is none."""
+    if not is_object(path):
+        return (root / path).open("rb")
+    bucket, key = split_object(path)
+    return io.BytesIO(open_place(bucket).get(key))
+
+
+def _stat_objects(urls: Iterable[str]) -> Iterator[tuple[str, FileState | None]]:
+    """Each object with its state, None where there is none; by listings, which have up to 1,000 objects a request."""
+    by_bucket = defaultdict[str, list[str]](list)
+    for bucket, key in map(split_object, urls):
+        by_bucket[bucket].append(key)
+    for bucket, keys in by_bucket.items():
+        keys.sort()
+        chunks = [keys[start : start + _LOOKED_AT] for start in range(0, len(keys), _LOOKED_AT)]
+        with ThreadPoolExecutor(min(_LOOKERS, len(chunks))) as pool:
+            for found in pool.map(partial(_list_objects, open_place(bucket)), chunks):
+                yield from ((f"{bucket}/{key}", state) for key, state in found)
+
+
+def _list_objects(place: Place, keys: Sequence[str]) -> list[tuple[str, FileState | None]]:
+    """The state of each of some keys, which ascend."""
+    folder = os.path.commonpath([f"/{keys[0]}", f"/{keys[-1]}", f"/{keys[0].rpartition('/')[0]}"])[1:]
+    found: list[tuple[str, FileState | None]] = []
+    while len(found) < len(keys):
+        passed = 0
+        # What is less than the key, and not much less.
+        for entry in place.list(folder, after=keys[len(found)][:-1].rstrip("./")):
+            while len(found) < len(keys) and keys[len(found)] < entry.key:
+                found.append((keys[len(found)], None))
+            if len(found) == len(keys) or passed == _PASSED:
+                break
+            passed += 1
+            if entry.key == keys[len(found)]:
+                found.append((entry.key, _object_state(entry)))
+                passed = 0
+        else:
+            found += [(key, None) for key in keys[len(found) :]]
+    return found
+
+
+def _object_state(entry: Entry) -> FileState:
+    """Size and time of an object; in the place of the inode its etag, which is another one for other bytes."""
+    time_ns, digest = round(entry.modified * 1e9), hashlib.sha256(entry.etag.encode()).digest()
+    return FileState(entry.size, time_ns, time_ns, int.from_bytes(digest[:8], "big") >> 1)
 
 
 # Images in folders
@@ -218,11 +307,20 @@ def file_state(place: str | os.DirEntry[str]) -> FileState:
     return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
 
+def state_now(root: Path, path: str) -> FileState | None:
+    """The state of one file, or object; None where there is none."""
+    if is_object(path):
+        return next(state for _, state in _stat_objects([path]))
+    return file_state(os.path.join(root, path)) if (root / path).is_file() else None  # noqa: PTH118
+
+
 def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterator[tuple[str, FileState | None]]:
-    """Every distinct path under ``root`` with the state of its file (zeros without ``states``), None if it is gone."""
+    """Every distinct path with the state of its file (zeros without ``states``, but for objects), None if gone."""
     look = file_state if states else lambda place: FileState(0, 0, 0, 0)
     by_folder: dict[str, list[str]] = {}
-    for path in dict.fromkeys(paths):
+    distinct = dict.fromkeys(paths)
+    yield from _stat_objects(filter(is_object, distinct))
+    for path in filter(lambda path: not is_object(path), distinct):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
     base, real_of = os.path.realpath(root), _real_folders(root)
     within = base.rstrip(os.sep) + os.sep

@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.files import has_dicom_suffix, is_image_name
+from embcache.data.files import has_dicom_suffix, is_image_name, is_object
 from embcache.data.tables import named_column, plain_name, unify
 from embcache.errors import DatasetError, first_few
 
@@ -227,17 +227,20 @@ def join_groups(ds: ImageDataset, sizes: Mapping[str, int | None], *, merge_iden
     """
     ds = _group_patients(ds, sizes) if UNGROUPED in ds.notes else ds
     notes = list[str]()
-    if merge_identical and len(ds) > LOOKED_AT_LOADING:
-        notes.append(
-            "byte-identical images are not looked for at loading: there are too many; those decoded are grouped by "
-            "digest"
-        )
+    if merge_identical and (why := _not_looked_at(ds)):
+        notes.append(f"byte-identical images are not looked for at loading: {why}; those decoded are grouped by digest")
     elif merge_identical and ds.root is not None:
         digests = identical_files(ds.root, sizes)
         keys = [digests.get(path, "") for path in ds.table["path"].tolist()]
         ds = replace(ds, table=ds.table.assign(group=merge_groups(ds.table["group"].tolist(), keys)))
         notes += _duplicate_notes(ds, keys)
     return ds.with_notes(*notes, *overlap_notes(ds.table))
+
+
+def _not_looked_at(ds: ImageDataset) -> str:
+    """Why the content of a dataset's files is not read at loading; empty where it is."""
+    objects = any(map(is_object, ds.table["path"].tolist()))
+    return "images are in an object store" * objects or f"there are {len(ds):,} images" * (len(ds) > LOOKED_AT_LOADING)
 
 
 def _group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageDataset:
@@ -248,8 +251,8 @@ def _group_patients(ds: ImageDataset, sizes: Mapping[str, int | None]) -> ImageD
     paths = ds.table["path"].tolist()
     if ds.root is None or not _may_be_dicom(paths):
         return ds
-    if len(ds) > LOOKED_AT_LOADING:
-        return ds.with_notes(f"the PatientID of DICOM files is not looked at: there are {len(ds):,} images")
+    if why := _not_looked_at(ds):
+        return ds.with_notes(f"the PatientID of DICOM files is not looked at: {why}")
     try:
         patients = patient_keys(ds.root, [path if sizes[path] is not None else "" for path in paths])
     except DatasetError as error:  # pydicom is not installed: the features may be there without it

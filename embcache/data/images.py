@@ -28,7 +28,7 @@ from PIL import Image, PngImagePlugin
 from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, reasons, too_large
 from embcache.data.containers import place_pixels, place_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
-from embcache.data.files import is_inside, refuse_outside
+from embcache.data.files import is_inside, is_object, open_file, refuse_outside
 from embcache.data.formats import (
     SIGNATURE,
     decode_page,
@@ -40,7 +40,7 @@ from embcache.data.formats import (
     refuse_at_sight,
     scale_to_bytes,
 )  # fmt: skip
-from embcache.errors import ImageError
+from embcache.errors import DatasetError, ImageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,12 +152,12 @@ def read_image(
     Shapes: returns (H, W, 3).
     """
     decoding = decoding or Decoding()
-    real = _resolve(dataset_root, path)
     if place:
-        pixels = place_pixels(real, place, decoding)
+        pixels = place_pixels(_resolve(dataset_root, path), place, decoding)
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
-    with _open_file(real) as file:
-        size = os.fstat(file.fileno()).st_size
+    with _open_file(dataset_root, path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         if size > _LARGEST_FILE:
             raise too_large(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
         with decoding.budget.hold() if size > _LARGE_FILE else contextlib.nullcontext():
@@ -177,10 +177,9 @@ def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int
     no limit allows, it raises as `read_image` does otherwise.
     """
     decoding = Decoding(MOST_PIXELS)
-    real = _resolve(dataset_root, path)
     if place:
-        return place_size(real, place, decoding)
-    with _open_file(real) as file:
+        return place_size(_resolve(dataset_root, path), place, decoding)
+    with _open_file(dataset_root, path) as file:
         head = file.read(132)
         if not head:
             raise broken("the file is empty")
@@ -208,14 +207,22 @@ def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int
 
 
 def _resolve(dataset_root: Path | str, path: str) -> str:
+    if is_object(path):
+        raise DatasetError(
+            "images within a file are read from disk only", code="container-remote", expected="a file below the root",
+            found=path, fix="copy the file to a disk, or store each image as an object of its own",
+        )  # fmt: skip
     real = os.path.realpath(os.path.join(dataset_root, path))  # noqa: PTH118
     if not is_inside(dataset_root, real):
         raise refuse_outside(path, where=dataset_root)
     return real
 
 
-def _open_file(real: str) -> IO[bytes]:
+def _open_file(dataset_root: Path | str, path: str) -> IO[bytes]:
     try:
+        if is_object(path):
+            return open_file(Path(), path)
+        real = _resolve(dataset_root, path)
         if not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH116
             raise ImageError("not a regular file", code="image-missing")
         return open(real, "rb")  # noqa: PTH123

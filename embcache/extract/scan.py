@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, fits_now
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import FileState, is_inside, stat_files
+from embcache.data.files import FileState, is_inside, is_object, open_file, stat_files
 from embcache.data.formats import is_square_of
 from embcache.data.images import DECODER_VERSION, ImageRef, read_image, read_size
 from embcache.errors import DatasetNotFoundError, ImageError
@@ -53,7 +53,7 @@ UNKNOWN = (-1, -1)
 # Images with a longer side are resized by every transform, whatever the sizes of the others.
 _LARGEST_KEPT = 224
 _TOGETHER = 256  # headers that a thread reads at a time
-_GONE = FileState(ABSENT, 0, 0, 0)
+GONE = FileState(ABSENT, 0, 0, 0)
 # A file that was written so shortly before the scan may be written again without another time.
 TICK_NS = 2_000_000_000
 _STATE = list(FileState._fields)
@@ -140,7 +140,8 @@ class Scan:
         for path, place in map(self.images.__getitem__, rows):
             folder = path.rpartition("/")[0]
             if folder not in inside:
-                inside[folder] = is_inside(self.root, os.path.realpath(f"{self.root}/{folder}"))
+                real = os.path.realpath(f"{self.root}/{folder}")
+                inside[folder] = not is_object(path) and is_inside(self.root, real)
             try:
                 square = False
                 with suppress(OSError):  # a link, or something that the decoder reports
@@ -161,7 +162,7 @@ def _digests(root: Path, decoding: Decoding, images: Sequence[tuple[str, str]]) 
             if place:
                 digests.append(read_image(root, path, place, decoding)[1])
             else:
-                with (root / path).open("rb") as file:
+                with open_file(root, path) as file:
                     digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except (ImageError, FileNotFoundError, NotADirectoryError):
             digests.append("")
@@ -260,10 +261,10 @@ def scan_images(
     for image in zip(dataset.table["path"].tolist(), dataset.table["place"].tolist(), strict=True):
         if (row := rows.setdefault(image, len(rows))) == len(firsts):
             firsts.append(first.setdefault(image[0], row))
-    states = np.full((len(rows), len(_STATE)), _GONE, np.int64)
+    states = np.full((len(rows), len(_STATE)), GONE, np.int64)
     try:
         for path, state in stat_files(root, list(first)):
-            states[first[path]] = state or _GONE
+            states[first[path]] = state or GONE
     except OSError as error:
         raise medium_failed(Path(error.filename or root), error) from error
     n = len(rows)

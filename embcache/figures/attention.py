@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from embcache.backbones.catalog import LoadedBackbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
+from embcache.data.files import is_object
 from embcache.data.images import read_image
 from embcache.errors import UsageError
 from embcache.figures.shown import Shown, check_dataset, fold_heads, own_protocol, shown_images
 from embcache.paths import PathLike
+from embcache.places import as_url
 from embcache.probe.heads.scalar_attention import sum_attention
 from embcache.probe.heads.trained import project
 from embcache.probe.inputs import load_features, open_stores
@@ -233,12 +235,12 @@ def image_attention(
     image: PathLike, backbone: str, *, weights: PathLike | None = None, transform: str | None = None,
     home: PathLike | None = None,
 ) -> ClassAttention:  # fmt: skip
-    """Attention of the last block's class token to the patches of one image file."""
-    path = Path(image).expanduser()
-    if not path.is_file():
+    """Attention of the last block's class token to the patches of one image file, or object."""
+    path, url = Path(image).expanduser(), as_url(image)
+    if not is_object(url) and not path.is_file():
         raise UsageError("the image does not exist", code="image-not-found", expected="an image file",
                          found=str(image), fix="--image FILE")  # fmt: skip
-    pixels, _ = read_image(path.resolve().parent, path.name)
+    pixels, _ = read_image("", url) if is_object(url) else read_image(path.resolve().parent, path.name)
     chosen = choose_transform(find_backbone(backbone, home=home), transform, {(pixels.shape[1], pixels.shape[0])})
     loaded = load_backbone(backbone, weights=weights, home=home, image_size=chosen.size)
     return class_attention(loaded, chosen, chosen.geometry(pixels))

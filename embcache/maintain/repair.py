@@ -21,11 +21,13 @@ import torch
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels, pixels_of
 from embcache.data.dataset import ImageDataset
+from embcache.data.files import state_now
 from embcache.data.images import ImageRef, image_refs_of, read_image
 from embcache.errors import CorruptStoreError, DatasetError, ImageError, RecipeError, StoreError, UsageError, first_few
 from embcache.extract.canaries import FLOAT16_TOLERANCE, TOLERANCES, check_canaries
 from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.recipes import make_recipe, recipe_network, recipe_transform, require_checkpoints
+from embcache.extract.scan import GONE
 from embcache.extract.worker import compute_shard
 from embcache.io import discard, make_folder
 from embcache.log import log
@@ -239,7 +241,7 @@ class _Repair:
         return image_refs_of(self.dataset.table, ids)
 
     def is_here(self, source: ImageRef) -> bool:
-        return bool(source.path) and (self.root / source.path).is_file()
+        return bool(source.path) and state_now(self.root, source.path) is not None
 
     def index(self, number: int) -> tuple[RowIndex | None, set[str]]:
         """Rows of a shard without their features, where they are intact; and the ids of those that are valid."""
@@ -299,8 +301,8 @@ class _Repair:
                 self.did(f"plan and shard {number}: removed, no image of the dataset is theirs")
 
     def entry(self, source: ImageRef) -> PlanEntry:
-        state = (self.root / source.path).stat()
-        return PlanEntry(source.id, state.st_size, state.st_mtime_ns, None, source.place)
+        state = state_now(self.root, source.path) or GONE
+        return PlanEntry(source.id, state.size, state.mtime_ns, None, source.place)
 
     def entries_of_shard(self, number: int) -> list[PlanEntry]:
         """The plan that an intact shard was made by; files that are others by now count as changed."""

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
+from embcache.data.files import open_file
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
 from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
@@ -332,7 +333,7 @@ def digest_now(root: Path, source: ImageRef) -> str | None:
     """
     try:
         if not source.place:
-            with (root / source.path).open("rb") as file:
+            with open_file(root, source.path) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         return read_image(root, source.path, source.place)[1]
     except (FileNotFoundError, NotADirectoryError):

@@ -180,8 +180,12 @@ def make_sheets(dataset: ImageDataset, ids: Sequence[str], budget: int = BUDGET)
         picture.thumbnail((largest, largest))
         return picture
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        pictures = list(pool.map(small, image_refs_of(dataset.table, ids)))
+    try:
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            pictures = list(pool.map(small, image_refs_of(dataset.table, ids)))
+    except StoreError as error:
+        log.warning("no thumbnails: %s (%s)", error.problem, error.where)
+        return None
     kept = [picture for picture in pictures if picture is not None]
     if not kept:
         return None

@@ -7,7 +7,7 @@ weights, another decoder or other arithmetic would give numbers that only look l
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.classes import as_in_run, change_notes, ref_of_run
 from embcache.data.dataset import ImageDataset, find_dataset
-from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, passed_note, settle_paths, walk_images
+from embcache.data.files import IMAGE_SUFFIXES, TABLE_SUFFIXES, is_object, passed_note, settle_paths, walk_images
 from embcache.data.groups import UNGROUPED, find_groups, known_groups, merge_groups, patient_keys
 from embcache.data.images import DECODER_VERSION, ImageRef, image_refs
 from embcache.data.published import named_columns
@@ -44,6 +44,7 @@ from embcache.extract.worker import FrozenNetwork, compute_shard, pick_device, p
 from embcache.finetune.model import FinetunedModel, load_fold
 from embcache.io import check_target, write_output
 from embcache.paths import PathLike, slug
+from embcache.places import as_url
 from embcache.probe.heads import find_head
 from embcache.probe.predictions import Adjust, Adjustment, parse_prevalence
 from embcache.probe.stack import Head, predict_logits
@@ -499,6 +500,7 @@ def list_images(paths: Sequence[PathLike], notes: list[str], columns: DatasetRef
     """
     found: dict[Path, str] = {}
     passed = list[str]()
+    _refuse_objects([as_url(path) for path in paths])
     tables = any(Path(path).suffix.lower() in TABLE_SUFFIXES for path in paths)
     if unused := [role for role in named_columns(columns) if not tables or role not in ("path", "group")]:
         raise UsageError(
@@ -533,12 +535,22 @@ def _listed(file: Path, notes: list[str], wanted: DatasetRef) -> Mapping[Path, s
     if table.empty or not all(table[column]):
         raise DatasetError("a row of a table names no image", code="empty-path", expected="a path in every row",
                            where=file)  # fmt: skip
+    _refuse_objects(table[column].tolist(), file)
     paths, settled = settle_paths(file.parent.resolve(), table[column].tolist())
     free = table if column == wanted.group_column else table.drop(columns=column)
     _, group, inferred = find_groups(free, wanted, [-1] * len(paths), paths, where=file, refuse=False)
     notes += [*read, *named, *settled, *inferred]
     groups = known_groups(table[group].tolist()) if group else [""] * len(paths)
     return {file.parent / path: name for path, name in zip(paths, groups, strict=True)}
+
+
+def _refuse_objects(paths: Iterable[str], table: Path | None = None) -> None:
+    if named := next(filter(is_object, paths), ""):
+        raise UsageError(
+            "images in an object store are predicted as a dataset", code="objects-not-predicted", found=named,
+            expected="images, folders and tables on a disk", where=table,
+            fix=f"--dataset folder --data-root {table or 'TABLE'}, with the columns path and label",
+        )  # fmt: skip
 
 
 def _not_readable(path: str) -> str:
