@@ -34,7 +34,10 @@ def _recipe() -> Any:
 
 def _weights(which: str = "of a backbone") -> Any:
     return option(
-        (), f"Checkpoint {which}; NAME= can be omitted for a single backbone.", metavar="[NAME=]FILE", result="recipes"
+        (),
+        f"Checkpoint {which}, a file or s3://…; NAME= can be omitted for a single backbone.",
+        metavar="[NAME=]FILE",
+        result="recipes",
     )
 
 

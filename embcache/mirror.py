@@ -467,6 +467,20 @@ def open_mirror(url: str) -> Mirror:
     return mirror
 
 
+def bring_file(url: disk.PathLike) -> Path:
+    """A file of an object store, copied here; copied anew where the object is another one."""
+    folder, _, name = as_url(url).rpartition("/")
+    place = open_place(folder)
+    entry = next((each for each in place.list(after=name[:-1]) if each.key >= name), None)
+    if entry is None or entry.key != name:
+        raise UsageError("there is no such object", code="object-not-found", where=as_url(url), fix="check the address")
+    digits = hashlib.sha256(f"{folder}\0{entry.etag}\0{entry.size}".encode()).hexdigest()[:16]
+    path = cache_dir() / "files" / digits / name
+    if not path.exists():
+        disk.cache_file(path, place.get(name))
+    return path
+
+
 def home_of(home: disk.PathLike) -> Path:
     """A home's folder: of a URL that of its mirror, which is brought up to date when it is first used."""
     path = Path(home).expanduser()

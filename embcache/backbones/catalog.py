@@ -28,7 +28,9 @@ from embcache.backbones.weights import (
 )
 from embcache.errors import EmbcacheError, UsageError, WeightsError
 from embcache.fields import bare_name
+from embcache.mirror import bring_file
 from embcache.paths import PathLike, weights_dir
+from embcache.places import as_url, is_url
 from embcache.registry import Registry
 
 if TYPE_CHECKING:
@@ -419,6 +421,7 @@ def load_backbone(
     """
     from embcache.backbones import checkpoints, networks
 
+    typed, weights = weights, bring_file(weights) if weights is not None and is_url(weights) else weights
     given = None if weights is None else Path(weights).expanduser()
     spec = find_backbone(name, imports=imports, folder=given, home=home)
     if not spec.pretrained:
@@ -454,13 +457,13 @@ def load_backbone(
         state = networks.rename_efficientnet(state, module)
     checkpoints.load_strictly(module, state, where=path)
     chosen = found.describe(path) if weights is not None else ""
-    return _freeze(spec, module, checkpoint.sha256, path.name, chosen, given)
+    return _freeze(spec, module, checkpoint.sha256, path.name, chosen, typed if is_url(typed) else given)
 
 
 def _freeze(
-    spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "", given: Path | None = None
+    spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "", given: PathLike | None = None
 ) -> LoadedBackbone:
-    where = str(given.resolve()) if given else ""
+    where = "" if given is None else as_url(given) if is_url(given) else str(Path(given).resolve())
     return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred, where)
 
 

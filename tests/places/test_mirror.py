@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from typer.testing import CliRunner
 
 import embcache.mirror as mirrors
 from embcache import io as disk
+from embcache.backbones import networks
+from embcache.backbones.catalog import load_backbone
 from embcache.cli import app
 from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError, StoreError, UsageError
@@ -350,3 +355,20 @@ def test_the_whole_journey_by_commands(machine: Machine, images: Path, monkeypat
     assert "no damage" in run("verify")
     run("gc")
     assert "complete" in run("extract", "--backbone", "random", *named)
+
+
+def test_a_checkpoint_is_read_from_its_address_by_its_digest(machine: Machine) -> None:
+    machine("one")
+    torch.manual_seed(0)
+    state = networks.resnet50(seed=5).state_dict()
+    data = safetensors.torch.save({name: value.contiguous() for name, value in state.items()})
+    place = open_place("memory://models")
+    place.put("net.safetensors", data)
+    loaded = load_backbone("supervised", weights="memory://models/net.safetensors")
+    assert loaded.weights_sha256 == hashlib.sha256(data).hexdigest()
+    assert loaded.given == "memory://models/net.safetensors"
+    first = mirrors.bring_file("memory://models/net.safetensors")
+    place.put("net.safetensors", data[:-1])
+    assert mirrors.bring_file("memory://models/net.safetensors") != first
+    with refused(UsageError, "object-not-found"):
+        load_backbone("supervised", weights=Path("memory://models/none.pth"))
