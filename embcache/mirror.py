@@ -45,8 +45,10 @@ _RUN = re.compile(r"(?P<dataset>[^/]+)/runs/(?P<name>[^/.][^/]*)/(?P<file>.+)")
 _LEASE = re.compile(r"[^/]+/[^/]+/leases/[^/]+")
 # Of this machine alone: checkpoints, drawings, states of files, and what is begun and not finished.
 _OWN = re.compile(
-    r"(weights|sample-images)/.*|(.*/)?\..*|[^/]+/(scan\.parquet|networks\.json|figures/.*|[^/]+/(staging|view\.zarr)/.*)"
+    r"(weights|sample-images)/.*|(.*/)?\..*|.*scan\.parquet"
+    r"|[^/]+/(networks\.json|figures/.*|[^/]+/(staging|view\.zarr)/.*)"
 )
+_MANY = ("plan", "shards", "manifests", "partitions", "weights", "staging")  # folders that are not looked through
 _COMMIT = "commit.json"
 _FIRST = "result.json"  # of a run, which listings need
 THREADS = 16  # requests at a time: what takes long is waiting for the answers
@@ -204,9 +206,9 @@ class Mirror:
             self.place.delete(key)
 
     def fetch(self, path: Path) -> bool:
-        """Bring a plan, or a file of a committed folder, here; False where there is none."""
+        """Bring a plan, a partition or a file of a committed folder here; False where there is none."""
         name = path.relative_to(self.root).as_posix()
-        if path.parent.name == "plan":
+        if path.parent.name in ("plan", "partitions"):
             return self.look(path)
         match = _SHARD.fullmatch(name) or _RUN.fullmatch(name)
         if match is None or match["file"] == _COMMIT:
@@ -300,8 +302,8 @@ class Mirror:
 
     def look(self, path: Path) -> bool:
         """Whether a document exists, here or there; it is then here."""
-        if path.exists():
-            return True
+        if path.exists() or self.key(path) is None:
+            return path.exists()
         data = self.read(path)
         return data is not None and self._install(path, data)
 
@@ -385,7 +387,7 @@ class Mirror:
         """Documents that are here, but those of shards."""
         found = []
         for root, folders, files in os.walk(self.root):
-            folders[:] = [name for name in folders if name not in ("plan", "shards", "manifests", "weights", "staging")]
+            folders[:] = [name for name in folders if name not in _MANY]
             paths = [Path(root, name) for name in files]
             found += [path for path in paths if (self.key(path) or "").startswith("home/")]
         return found
@@ -409,8 +411,8 @@ class Mirror:
 
 
 def _of_shard(path: Path) -> bool:
-    """Whether a document belongs to one shard, or some: there may be very many."""
-    return path.parent.name in ("plan", "manifests") or path.parent.parent.name == "shards"
+    """Whether a document belongs to one shard, or some, and is brought when it is needed: there may be very many."""
+    return path.parent.name in ("plan", "manifests", "partitions") or path.parent.parent.name == "shards"
 
 
 def _created_once(path: Path) -> bool:
