@@ -31,7 +31,7 @@ def ids(shard: int) -> list[str]:
 class Race:
     """What came of it, by shard."""
 
-    winners: dict[int, list[int]]  # machines that were told that their attempt counts
+    winners: dict[int, list[int]]  # machines for which their attempt counts
     errors: Counter[str]
     read: dict[int, list[int]]  # machines whose bytes another machine reads
     attempts: int  # at all shards, that lie in the place
