@@ -1,7 +1,8 @@
 """Commits on an object store under faults: machines race for shards through a proxy that breaks requests.
 
 Every machine computes other bytes for each shard and commits them. Reported: what was broken, for how many shards
-exactly one machine got the answer that its attempt counts, and for how many a further machine reads the bytes of that one.
+exactly one machine got the answer that its attempt counts, and for how many a further machine reads the bytes of that
+one.
 Needs the extras ``cloud`` and ``dev``: ``python -m benchmarks.faults --shards 60 --machines 4 --rounds 3``.
 """
 
