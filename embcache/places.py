@@ -200,6 +200,12 @@ class ObjectPlace(Place):
 
         self._retried(attempt, key)
 
+    def _no_bucket(self, error: Exception) -> StoreError:
+        return StoreError(
+            "there is no such bucket", code="place-missing", found=_first_line(error), where=self.url,
+            fix="check the address, or create the bucket",
+        )  # fmt: skip
+
     def _retried(self, attempt: Callable[[], _T], key: str, *, absent: bool = False) -> _T:
         """What ``attempt`` returns, once it does; with ``absent``, FileNotFoundError is an answer."""
         from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
@@ -210,10 +216,7 @@ class ObjectPlace(Place):
             except FileNotFoundError as error:
                 if absent:
                     raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}/{key}") from error
-                raise StoreError(
-                    "there is no such bucket", code="place-missing", found=_first_line(error), where=self.url,
-                    fix="check the address, or create the bucket",
-                ) from error  # fmt: skip
+                raise self._no_bucket(error) from error
             except (PermissionDeniedError, UnauthenticatedError, NotSupportedError) as error:
                 raise StoreError(
                     "the object store refuses a request", code="place-refused", found=_first_line(error),
@@ -226,6 +229,8 @@ class ObjectPlace(Place):
                         where=f"{self.url}/{key}", fix="embcache verify --repair, for features; else restore it",
                     ) from error  # fmt: skip
             except (BaseError, OSError) as error:
+                if "NoSuchBucket" in str(error):  # to a listing
+                    raise self._no_bucket(error) from error
                 if pause is None:
                     raise StoreError(
                         "the object store does not answer as it should", code="place-unavailable",

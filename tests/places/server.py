@@ -35,13 +35,13 @@ def environment(port: int) -> dict[str, str]:
 
 
 @contextmanager
-def serving() -> Iterator[int]:
-    """Port of a server with an empty `BUCKET`."""
+def serving(page: int = PAGE) -> Iterator[int]:
+    """Port of a server with an empty `BUCKET`, whose listings have so many keys per page."""
     started = subprocess.Popen(
         [sys.executable, "-m", "tests.places.server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)},
+        env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(page)},
         cwd=Path(__file__).parents[2],
     )
     with started:
