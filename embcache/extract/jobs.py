@@ -17,7 +17,7 @@ from embcache.data.dataset import read_snapshot
 from embcache.errors import RecipeError
 from embcache.extract import worker
 from embcache.extract.canaries import check_canaries
-from embcache.extract.engines.engine import Job, OnRows, OwedShard
+from embcache.extract.engines.engine import OnRows, OwedShard, ShardJob
 from embcache.extract.engines.local import Worker
 from embcache.extract.pixels import CurrentPixels
 from embcache.extract.quarantine import Quarantine
@@ -38,7 +38,7 @@ class Here:
 
 
 @dataclass(frozen=True)
-class FeatureJob(Job):
+class FeatureJob(ShardJob):
     """The features of images under some backbones. Without ``here`` it is plain data, for other processes."""
 
     dataset: str  # name

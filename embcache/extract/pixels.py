@@ -28,7 +28,7 @@ from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import check_number
-from embcache.extract.engines.engine import Engine, Job, OnRows, OwedShard, OwedShards, OwedStore
+from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, OwedStore, ShardJob
 from embcache.extract.engines.local import LocalEngine, Worker
 from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
 from embcache.extract.worker import prepare_batches
@@ -203,7 +203,7 @@ def _path(folder: Path, framing: Transform) -> Path:
 
 
 @dataclass(frozen=True)
-class PixelJob(Job):
+class PixelJob(ShardJob):
     """The frames of images."""
 
     root: str  # folder of the images

@@ -13,8 +13,8 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
 from embcache.errors import EmbcacheError
 from embcache.extract.engines import dispatch
-from embcache.extract.engines.dispatch import Dispatch, Lost, Pool, Ready
-from embcache.extract.engines.engine import Outcome, OwedShard, OwedShards, OwedStore
+from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
+from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, ShardOutcome
 from embcache.extract.engines.local import Stop
 from embcache.extract.scan import Plan, Shard
 from embcache.log import shown
@@ -23,11 +23,11 @@ from tests.extract.conftest import draw
 from tests.refusal import refused
 from tests.store.build import add, make_store
 
-Answer = Ready | Outcome | Lost | EmbcacheError
+Answer = Ready | ShardOutcome | Lost | EmbcacheError
 
 
 @dataclass
-class Paper(Pool):
+class Paper(WorkerPool):
     """Answers as written down: by worker, what it says to one shard after another; 'done' for the rest."""
 
     store: Path
@@ -64,15 +64,15 @@ class Paper(Pool):
             self.nodes -= "node" in word
             self._answers.append((worker, Lost("the node died")))
         elif word == "held":
-            self._answers.append((worker, Outcome((), ())))
+            self._answers.append((worker, ShardOutcome((), ())))
         elif word == "error":
             self._answers.append((worker, EmbcacheError("the disk is full", code="disk-full")))
         elif word == "stop" and self.stop is not None:
             add(self.store, shard.number, [source.id for source in shard.sources])
             self.stop.request()
-            self._answers.append((worker, Outcome((0,), (0,))))
+            self._answers.append((worker, ShardOutcome((0,), (0,))))
         else:
-            self._answers.append((worker, Outcome((0,), (0,), ("",) * len(shard.sources))))
+            self._answers.append((worker, ShardOutcome((0,), (0,), ("",) * len(shard.sources))))
 
     def wait(self, seconds: float) -> Sequence[tuple[int, Answer]]:
         return [self._answers.popleft()] if self._answers else []
@@ -128,7 +128,7 @@ def test_a_shard_of_a_worker_that_is_lost_before_its_commit_is_handed_out_again(
     assert sorted(computed) == [0, 1, 2, 3]
     first = pool.given[0][1]
     assert [shard for _, shard in pool.given].count(first) == 2
-    assert said == [f"w1 was lost (the node died): shard {first} is handed out again; 1 workers are left"]
+    assert said == [f"w1 was lost (the node died): shard {first} is handed out again; workers left: 1"]
     assert pool.ended == [1]
 
 
@@ -137,7 +137,7 @@ def test_a_shard_that_was_committed_before_its_worker_was_lost_is_not_computed_a
     computed, said = carry_out(pool, owed)
     assert sorted(computed) == [0, 1, 2, 3]
     assert sorted(shard for _, shard in pool.given) == [0, 1, 2, 3]
-    assert said == ["w1 was lost (the node died): shard 0 was committed before; 1 workers are left"]
+    assert said == ["w1 was lost (the node died): shard 0 was committed before; workers left: 1"]
     assert owed.computed == [8]
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.extract.engines.engine import Engine, Job, Outcome, OwedShard, OwedShards
+from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.log import log
 from embcache.paths import PathLike, home_dir
@@ -53,7 +53,7 @@ class DevicesEngine(Engine):
     def __init__(self, local: LocalEngine, crew: Crew) -> None:
         self._local, self._crew = local, crew
 
-    def run(self, shards: OwedShards, job: Job) -> Iterator[tuple[OwedShard, Outcome]]:
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Compute every owed shard that neither the crew nor any other process has committed."""
         with self._crew:
             yield from self._local.run(shards, job)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from embcache.errors import EmbcacheError
-from embcache.extract.engines.engine import OnRows, Outcome, OwedShard, OwedShards
+from embcache.extract.engines.engine import OnRows, OwedShard, OwedShards, ShardOutcome
 from embcache.extract.engines.local import Stop
 from embcache.extract.scan import Shard
 from embcache.log import log
@@ -39,7 +39,7 @@ class Lost:
     reason: str
 
 
-class Pool(ABC):
+class WorkerPool(ABC):
     """Workers in other processes, by number."""
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Pool(ABC):
         """Let a worker compute a shard."""
 
     @abstractmethod
-    def wait(self, seconds: float) -> Sequence[tuple[int, Ready | Outcome | Lost | EmbcacheError]]:
+    def wait(self, seconds: float) -> Sequence[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]:
         """What workers answer within some seconds; an error is one that a user can fix."""
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Pool(ABC):
 class Dispatch:
     """The bookkeeping of one run: every shard is waiting, with one worker, or settled."""
 
-    def __init__(self, pool: Pool, shards: OwedShards, stop: Stop, most: int | None = None) -> None:
+    def __init__(self, pool: WorkerPool, shards: OwedShards, stop: Stop, most: int | None = None) -> None:
         self._pool, self._shards, self._stop, self._most = pool, shards, stop, most
         self._waiting = deque((key, list(stores)) for key, stores in shards.waiting.items())
         self._elsewhere: list[tuple[tuple[Shard, int], list[int]]] = []  # other processes compute these
@@ -78,7 +78,7 @@ class Dispatch:
         self._unready = 0  # workers that never were: they are not replaced
         self._losses: Counter[tuple[Shard, int]] = Counter()
 
-    def run(self, on_rows: OnRows) -> Iterator[tuple[OwedShard, Outcome]]:
+    def run(self, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Yield what becomes of every shard, until all are settled or the run is to stop."""
         while self._waiting or self._elsewhere or self._busy:
             if self._elsewhere and time.monotonic() >= self._look_again:
@@ -123,8 +123,8 @@ class Dispatch:
         )  # fmt: skip
 
     def _settle(
-        self, worker: int, answer: Ready | Outcome | Lost | EmbcacheError, on_rows: OnRows
-    ) -> Iterator[tuple[OwedShard, Outcome]]:
+        self, worker: int, answer: Ready | ShardOutcome | Lost | EmbcacheError, on_rows: OnRows
+    ) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         if isinstance(answer, Ready):
             self._opening.discard(worker)
             self._ready[worker] = answer.where
@@ -147,7 +147,7 @@ class Dispatch:
             again = len(committed) < len(shard.stores)
             fate = "is handed out again" if again else "was committed before"
             log.warning(
-                f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; {len(self._ready)} workers are left"
+                f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; workers left: {len(self._ready)}"
             )
             self._losses[key] += 1
             if again and self._losses[key] >= _MOST_LOSSES:
@@ -156,7 +156,7 @@ class Dispatch:
                     code="shard-loses-workers", found=_line(answer), where=stores[shard.stores[0]].path,
                     fix="give a worker more memory or a smaller --batch-size, then run the same command",
                 )  # fmt: skip
-            answer = Outcome(committed, committed)
+            answer = ShardOutcome(committed, committed)
         if key is not None and shard is not None:
             left = [index for index in shard.stores if index not in answer.settled]
             if left and answer.computed == answer.settled == () and self._losses[key]:

@@ -1,7 +1,7 @@
 """The contract of engines: owed shards go out, workers compute and commit them, outcomes come back.
 
-`Engine.run` takes the shards that some stores owe and a `Job`, from which any process makes the same `Worker`. What a
-worker does with a shard is the same for all engines: lease it, compute it, check it, commit it.
+`Engine.run` takes the shards that some stores owe and a `ShardJob`, from which any process makes the same `Worker`.
+What a worker does with a shard is the same for all engines: lease it, compute it, check it, commit it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OwedShard:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShardOutcome:
     """What became of a shard."""
 
     settled: tuple[int, ...]  # stores in which it is committed; in the others another process is computing it
@@ -87,7 +87,7 @@ class OwedShards:
         sources = (next(known) if self._places[id_] >= 0 else ImageRef(id_, "", "") for id_ in shard.ids)
         return OwedShard(shard.number, tuple(sources), tuple(stores), batch_size)
 
-    def count(self, shard: OwedShard, outcome: Outcome) -> tuple[OwedShard, Outcome]:
+    def count(self, shard: OwedShard, outcome: ShardOutcome) -> tuple[OwedShard, ShardOutcome]:
         """Count what was computed of a shard."""
         for index in outcome.computed:
             self.computed[index] += len(shard.sources)
@@ -104,7 +104,7 @@ def in_part(number: int, part: tuple[int, int] | None) -> bool:
     return part is None or number % part[1] == part[0] - 1
 
 
-class Job(ABC):
+class ShardJob(ABC):
     """What is computed: plain data. A field ``here``, of what is open in this process, does not travel."""
 
     def __getstate__(self) -> dict[str, object]:
@@ -119,5 +119,5 @@ class Engine(ABC):
     """Who calls the worker."""
 
     @abstractmethod
-    def run(self, shards: OwedShards, job: Job) -> Iterator[tuple[OwedShard, Outcome]]:
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Let every owed shard be computed that no other process commits; count, and yield what became of each."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from embcache.cores import is_shortage, out_of_memory
 from embcache.data.budget import Decoding
 from embcache.data.images import ImageRef
-from embcache.extract.engines.engine import Engine, Job, OnRows, Outcome, OwedShard, OwedShards
+from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed
 from embcache.store.feature_store import FeatureStore
@@ -111,7 +111,7 @@ class Worker:
     decoding: Decoding = field(default_factory=Decoding)
     _largest: int | None = None  # batch that the memory holds
 
-    def run(self, shard: OwedShard, on_rows: OnRows = lambda rows: None) -> Outcome:
+    def run(self, shard: OwedShard, on_rows: OnRows = lambda rows: None) -> ShardOutcome:
         """Lease a shard in its stores, compute it where it is not committed yet, check the rows and commit them."""
         with ExitStack() as leases:
             held = tuple(
@@ -122,7 +122,7 @@ class Worker:
             owed = tuple(index for index in held if not is_committed(self.stores[index].path, shard.number))
             on_rows(len(shard.sources) * (len(held) - len(owed)))
             if not owed:
-                return Outcome(held, ())
+                return ShardOutcome(held, ())
             rows, batch_size = self._compute(replace(shard, stores=owed), on_rows)
             self.check([self.stores[index] for index in owed], rows, shard.sources)
             for index, each in zip(owed, rows, strict=True):
@@ -130,7 +130,7 @@ class Worker:
                     self.stores[index].path, shard.number, each, batch_size=batch_size, threads=self.threads,
                     runtime=self.runtimes[index] if self.runtimes else None,
                 )  # fmt: skip
-            return Outcome(held, owed, rows[0].digests)
+            return ShardOutcome(held, owed, rows[0].digests)
 
     def _compute(self, shard: OwedShard, on_rows: OnRows) -> tuple[list[ShardRows], int]:
         """The rows of a shard, and the batch size, halved if memory is short.
@@ -167,7 +167,7 @@ class LocalEngine(Engine):
     def __init__(self, label: str, stop: Stop | None = None) -> None:
         self._label, self._stop = label, stop or Stop()
 
-    def run(self, shards: OwedShards, job: Job) -> Iterator[tuple[OwedShard, Outcome]]:
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Compute every owed shard that no process has committed.
 
         A shard that another process is computing is waited for: if that process dies, the shard is computed here.
@@ -175,7 +175,7 @@ class LocalEngine(Engine):
         with progress_bar(self._label, shards.rows) as bar, job.open() as worker:
             yield from self._run(shards, worker, bar.update)
 
-    def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> Iterator[tuple[OwedShard, Outcome]]:
+    def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         stop, waiting = self._stop, {key: list(sharing) for key, sharing in shards.waiting.items()}
         while waiting and not stop.requested:
             progress = False

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from embcache.config import EngineConfig
 from embcache.cores import usable_cores
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.engines.dispatch import Dispatch, Lost, Pool, Ready
-from embcache.extract.engines.engine import Engine, Job, Outcome, OwedShard, OwedShards
-from embcache.extract.engines.local import Stop, progress_bar
+from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
+from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.engines.local import Stop, exit_status, progress_bar
 from embcache.log import log, shown
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -34,6 +34,7 @@ except ImportError as error:
     ) from error
 
 _OBJECT_STORE = 100 << 20  # bytes; no features travel through it
+_PATIENCE_SECONDS = 20.0
 
 T = TypeVar("T")
 
@@ -57,11 +58,14 @@ def connected(config: EngineConfig) -> Iterator[None]:
     log.info("starting Ray on this machine" if config.address is None else f"connecting to Ray at {config.address}")
     with _handlers_kept():
         try:
+            if config.address is not None:  # Ray itself would try for minutes
+                host, _, port = config.address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_SECONDS).close()
             ray.init(address=config.address or "local", **own, **quiet)
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
             raise EmbcacheError(
                 "no Ray cluster answers", code="ray-address", found=(str(error) or type(error).__name__)[:300],
-                where=config.address or "this machine", expected="the address that `ray start --head` printed",
+                where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
                 fix="ray start --head --port=6379, then --address HOST:6379; or leave --address out",
             ) from error  # fmt: skip
     try:
@@ -107,7 +111,7 @@ class _Hand:
     def __init__(self) -> None:
         self._open = ExitStack()
 
-    def open(self, job: Job, threads: int, surroundings: Surroundings) -> tuple[Ready | EmbcacheError, list[str]]:
+    def open(self, job: ShardJob, threads: int, surroundings: Surroundings) -> tuple[Ready | EmbcacheError, list[str]]:
         surroundings.enter(threads)
         where = f"the worker on {socket.gethostname()} (process {os.getpid()})"
 
@@ -117,7 +121,7 @@ class _Hand:
 
         return _attempt(begin)
 
-    def run(self, shard: OwedShard) -> tuple[Outcome | EmbcacheError, list[str]]:
+    def run(self, shard: OwedShard) -> tuple[ShardOutcome | EmbcacheError, list[str]]:
         return _attempt(lambda: self._worker.run(shard))
 
     def notes(self) -> list[str]:
@@ -134,10 +138,10 @@ def _attempt(work: Callable[[], T]) -> tuple[T | EmbcacheError, list[str]]:
             return error, notes
 
 
-class RayPool(Pool):
+class RayPool(WorkerPool):
     """Actors that open one job."""
 
-    def __init__(self, job: Job, threads: int, gpus: float) -> None:
+    def __init__(self, job: ShardJob, threads: int, gpus: float) -> None:
         self._job, self._threads, self._gpus = job, threads, gpus
         self._surroundings = Surroundings()
         # `max_restarts`: a restarted actor would have to load its networks anew, on a node that may be bad.
@@ -167,10 +171,10 @@ class RayPool(Pool):
         """Let an actor compute a shard."""
         self._pending[self._actors[worker].run.remote(shard)] = worker
 
-    def wait(self, seconds: float) -> Sequence[tuple[int, Ready | Outcome | Lost | EmbcacheError]]:
+    def wait(self, seconds: float) -> Sequence[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]:
         """Answers of actors, and losses."""
         done, _ = ray.wait(list(self._pending), timeout=seconds) if self._pending else ([], [])
-        answers = list[tuple[int, Ready | Outcome | Lost | EmbcacheError]]()
+        answers = list[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]()
         for each in done:
             worker = self._pending.pop(each)
             try:
@@ -224,7 +228,7 @@ class RayEngine(Engine):
     def __init__(self, label: str, stop: Stop, config: EngineConfig, threads: int) -> None:
         self._label, self._stop, self._config, self._threads = label, stop, config, threads
 
-    def run(self, shards: OwedShards, job: Job) -> Iterator[tuple[OwedShard, Outcome]]:
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Let actors compute every owed shard; those of lost actors are computed by others."""
         gpus = self._config.gpus_per_worker or 0
         pool = RayPool(job, self._threads, gpus)
@@ -236,11 +240,15 @@ class RayEngine(Engine):
                 expected=f"a node with {self._threads} cores and {gpus:g} GPUs",
                 fix="--cpus-per-worker 1" if self._threads > 1 else "--gpus-per-worker 0, or other nodes",
             )  # fmt: skip
-        log.info(f"Ray: {min(wanted or room, room)} workers, each with {self._threads} threads and {gpus:g} GPUs")
+        log.info(f"Ray: room for {min(wanted or room, room)} workers; cores of each {self._threads}, GPUs {gpus:g}")
         self._stop.others = True  # a first signal lets them commit
         try:
             with progress_bar(self._label, shards.rows) as bar:
                 yield from Dispatch(pool, shards, self._stop, wanted).run(bar.update)
+        except SystemExit:
+            if self._stop.signal is not None:  # Ray puts a status of its own in the place of a signal's
+                raise SystemExit(exit_status(self._stop.signal)) from None
+            raise
         finally:
             pool.close()
             self._stop.others = False
