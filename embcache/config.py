@@ -107,7 +107,39 @@ class DatasetRef(Config):
 
 
 @dataclass(frozen=True)
-class ExtractConfig(Config):
+class EngineConfig(Config):
+    """Who does the work: this machine, or a Ray cluster, which is only used if it is asked for."""
+
+    heading: ClassVar[str] = "Cluster options"
+
+    engine: str = option("local", "This machine, or Ray (extra `ray`).", choices=("local", "ray"))
+    address: str | None = option(
+        None, "Address of a Ray cluster. [default: Ray on this machine, until the command ends]", metavar="HOST:PORT"
+    )
+    num_workers: int | None = option(None, "Workers of Ray. [default: as many as have room]", least=1, most=1 << 16)
+    gpus_per_worker: float | None = option(
+        None, "GPUs per worker, or a part of one. [default: 0]", metavar="X", least=0.0
+    )
+    cpus_per_worker: int | None = option(
+        None, "Cores per worker, and threads of torch. [default: threads of the store]", least=1, most=1 << 12
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("address", "num_workers", "gpus_per_worker", "cpus_per_worker")
+            if vars(self)[name] is not None
+        ]
+        if given and self.engine != "ray":
+            raise UsageError(
+                "options of Ray without Ray", code="option-without-ray", found=", ".join(given),
+                expected=f"--engine ray with {given[0]}", fix="--engine ray",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExtractConfig(EngineConfig):
     """How features are extracted."""
 
     heading: ClassVar[str] = "Extraction options"
@@ -166,6 +198,9 @@ class ExtractConfig(Config):
     )
     retry_quarantined: bool = option(False, "Try quarantined images again, even if they have not changed.")
     max_pixels: int | None = _max_pixels()
+    stage: str | None = option(
+        None, "Decode all images first and keep their pixels, so that networks read these.", choices=("pixels",)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -450,7 +485,7 @@ class AuditConfig(Config):
 
 
 @dataclass(frozen=True)
-class StudyConfig(ProtocolConfig):
+class StudyConfig(ProtocolConfig, EngineConfig):
     """What a study holds and how its results are made: options of ``embcache run``, and keys of a study's TOML file.
 
     Lists that are empty are those of the table itself. A list among the backbones is one set, for heads that fuse.

@@ -18,8 +18,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -29,21 +29,22 @@ from typing import TYPE_CHECKING, Any
 import embcache
 from embcache.backbones.catalog import BACKBONES, LIBRARIES, Backbone, backbones, row_of
 from embcache.backbones.weights import find_cached, find_model, find_weights, weights_by_name
-from embcache.config import ExtractConfig
+from embcache.config import EngineConfig, ExtractConfig
 from embcache.cores import cpu_flags, default_workers
 from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.engines.devices import Crew, split_devices
-from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
+from embcache.extract.engines.devices import Crew, DevicesEngine, split_devices
+from embcache.extract.engines.engine import Engine, OwedShards, OwedStore, in_part
+from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import TICK_NS, DatasetFiles, image_root, plan_store, scan_dataset
+from embcache.extract.scan import TICK_NS, DatasetFiles, decode_scan, image_root, plan_store, scan_dataset
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
-from embcache.paths import PathLike, slug, weights_dir
+from embcache.paths import PathLike, home_dir, slug, weights_dir
 from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
 from embcache.store.commit import create_store, store_path, write_snapshot
 from embcache.store.feature_store import FeatureStore
@@ -143,48 +144,110 @@ def extract(
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
     began, started, config, stop = time.time_ns(), time.monotonic(), config or ExtractConfig(), stop or Stop()
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
-    threads = config.workers or max(1, default_workers() // len(devices))
-    others = _configs_of_others(backbones, devices, config, threads)
-    quarantine = Quarantine(dataset, image_root(dataset), config)
-    with ThreadPoolExecutor(threads) as pool:
+    workers, ray = config.workers or max(1, default_workers() // len(devices)), config.engine == "ray"
+    others = _configs_of_others(backbones, devices, config, workers)
+    quarantine = Quarantine(len(dataset), dataset.table["id"].tolist, image_root(dataset), config)
+    with ThreadPoolExecutor(workers) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
         models = _models(backbones, dataset, files, config, home)
         networks, owed = list["FrozenNetwork"](), _complete_stores(models, dataset, files, config)
         if not owed:
-            from embcache.extract.recipes import open_networks
+            from embcache.extract.foreign import refuse_foreign
+            from embcache.extract.recipes import Traits, kept_conversion, open_networks
 
-            networks = open_networks(backbones, dataset, files, config, home=home)
+            names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
+            refuse_foreign(list(map(bare_name, names)), dataset, home)
+            networks = open_networks(backbones, Traits.of(dataset, files), config, home)
             owed = [_open_store(network, dataset, files, config, home, pool) for network in networks]
             networks = [
-                network.executed_by(each.runtime, _kept(network, home)) if each.plan.shards else network
+                network.executed_by(each.runtime, kept_conversion(network, home))
+                if each.plan.shards and not ray else network
                 for network, each in zip(networks, owed, strict=True)
-            ]
+            ]  # fmt: skip
             _remember(models, networks, dataset, files.folder, home, began)
-        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
-        files.keep()
-        cached = _cached_pixels(networks, owed, dataset, files) if networks else {}
-        engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=_threads() if networks else None)
-        helpers = others if any(each.plan.shards for each in owed) else []
-        names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
-        crew = Crew(helpers, dataset, names, home, stop)
-        with files.learning(), crew, closing(engine.shards()) as shards:
-            for shard in shards:
-                from embcache.extract.worker import compute_shard
+    write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+    files.keep()
+    shards, threads = OwedShards(owed, dataset, config.part), 0
+    stop.complete = not shards.waiting
+    if shards.waiting:
+        from embcache.extract.jobs import FeatureJob, Here
 
-                run = partial(
-                    compute_shard, files.root, shard.sources, [networks[i] for i in shard.stores], pool=pool,
-                    cached={key: pixels.read for key, pixels in cached.items()}, decoding=decoding,
-                )  # fmt: skip
-                rows, batch_size = engine.compute(shard, run)
-                files.scan.learn(shard.sources, rows[0].digests)
-                quarantine.check([owed[i].store for i in shard.stores], rows, shard.sources)
-                engine.commit(shard, rows, batch_size)
-                del rows  # before those of the next shard are made
+        threads = (config.cpus_per_worker or owed[0].store.threads) if ray else _threads()
+        with ray_connection(config), files.learning():
+            if config.stage:
+                _stage_pixels(networks, owed, dataset, files, config, home=home, stop=stop)
+            cached = _cached_pixels(networks, owed, dataset, files)
+            job = FeatureJob(
+                dataset.name, len(dataset), tuple(backbones), Traits.of(dataset, files), config.to_json(),
+                home=_portable(home), root=str(files.root), threads=threads,
+                stores=tuple((each.store.path, each.runtime) for each in owed),
+                pixels=tuple((key, pixels.store.path, pixels.stale) for key, pixels in cached.items()),
+                workers=config.workers or threads if ray else workers,
+                here=Here(networks, cached, decoding, quarantine),
+            )  # fmt: skip
+            local = LocalEngine(f"extract {dataset.name}", stop)
+            engine: Engine = DevicesEngine(local, Crew(others, dataset, names, home, stop)) if others else local
+            if ray:
+                engine = _ray_engine(f"extract {dataset.name}", stop, config, threads)
+            for shard, outcome in engine.run(shards, job):
+                if outcome.digests:
+                    files.scan.learn(shard.sources, outcome.digests)
+    shards.refresh_views()
     for note in decoding.notes():
         log.warning(note)
-    computed = [sum(images) for images in zip(engine.computed, *crew.computed, strict=True)]
     seconds = time.monotonic() - started
-    return [_summarize(o, dataset, images, config, seconds) for o, images in zip(owed, computed, strict=True)]
+    return [
+        _summarize(each, dataset, computed, config, threads, seconds)
+        for each, computed in zip(owed, shards.computed, strict=True)
+    ]
+
+
+def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
+    """A connection to the Ray cluster of a config for as long as a ``with`` block runs; none where Ray is not named."""
+    if config.engine != "ray":
+        return nullcontext()
+    from embcache.extract.engines.ray_cluster import connected
+
+    return connected(config)
+
+
+def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> Engine:
+    from embcache.extract.engines.ray_cluster import RayEngine
+
+    return RayEngine(label, stop, config, threads)
+
+
+def _portable(home: PathLike | None) -> str:
+    """The home for processes that may have another working folder and environment."""
+    text = str(home or os.environ.get("EMBCACHE_HOME") or home_dir())
+    return text if "://" in text else str(home_dir(text).absolute())
+
+
+def _stage_pixels(
+    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles,
+    config: ExtractConfig, *, home: PathLike | None, stop: Stop,
+) -> None:  # fmt: skip
+    """Decode every owed image, and keep its frame for each network."""
+    from embcache.extract.pixels import cache_pixels
+
+    transforms = {network.image_views.frame_key: network.transform for network in networks}
+    for key, transform in transforms.items():
+        wanted = {
+            image
+            for network, each in zip(networks, owed, strict=True) if network.image_views.frame_key == key
+            for shard in each.plan.shards if in_part(shard.number, config.part)
+            for image in shard.ids
+        }  # fmt: skip
+        label = f"decode {dataset.name}"
+        by_cpu = replace(config, gpus_per_worker=None)
+        engine = _ray_engine(label, stop, by_cpu, config.workers or 1) if config.engine == "ray" else None
+        cache_pixels(
+            dataset, transform, ids=list(wanted), home=home, workers=config.workers,
+            decoding=Decoding(check_max_pixels(config.max_pixels)), engine=engine or LocalEngine(label, stop),
+        )  # fmt: skip
+        if stop.requested:
+            return
+    files.scan.recall(decode_scan(files.folder / "scan.parquet"))  # digests that decoding learned
 
 
 def _open_store(
@@ -198,10 +261,11 @@ def _open_store(
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     from embcache.backbones.runtimes import choose_runtime, runtime_version
     from embcache.extract.canaries import canary_features, check_canaries, environment
-    from embcache.extract.recipes import log_differences, make_recipe
+    from embcache.extract.recipes import kept_conversion, log_differences, make_recipe
     from embcache.extract.worker import first_batch
 
-    recipe, device = make_recipe(network), network.device.type
+    # Workers of a cluster may have GPUs where this process has none.
+    recipe, device = make_recipe(network), "cuda" if config.gpus_per_worker else network.device.type
     path = store_path(files.folder, recipe)
     usual = read_header(path).runtime if path.is_dir() else None
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
@@ -210,12 +274,13 @@ def _open_store(
     if runtime not in ("eager", usual):
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
         see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
-        runtime = _gate(network.executed_by(runtime, _kept(network, home)), see, requested)
+        runtime = _gate(network.executed_by(runtime, kept_conversion(network, home)), see, requested)
     canaries = cache(partial(canary_features, network))
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, len(dataset)),
-        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=_threads(), runtime=runtime,
+        batch_size=config.batch_size or BATCH_SIZES.get(device, 64), runtime=runtime,
+        threads=config.cpus_per_worker or _threads(),
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
             **({"checkpoint": network.backbone.given} if network.backbone.given else {}),
@@ -273,22 +338,6 @@ def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: st
     return "eager" if problem else network.runtime
 
 
-def _kept(network: FrozenNetwork, home: PathLike | None) -> Path | None:
-    """How names of files begin that a runtime keeps of a network's conversion, beside the weights.
-
-    None of a module of the user's own, of which nothing says whether its code has changed.
-    """
-    from embcache.extract.canaries import environment
-
-    backbone = network.backbone
-    if backbone.spec.module is not None:
-        return None
-    versions = environment(network).values()  # of the libraries whose code is converted
-    parts = (backbone.spec.network, backbone.weights_sha256, backbone.spec.pooling, NUMERICS, *versions)
-    digest = hashlib.sha256(canonical_json([*map(str, parts), network.precision]).encode()).hexdigest()
-    return weights_dir(home) / "converted" / digest[:16]
-
-
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store, by the type of the device (``cpu``, ``cuda``, …), or ``place`` in an object store.
 
@@ -333,15 +382,16 @@ def _configs_of_others(
             fix="--device cuda:0",
         )  # fmt: skip
     # This process has planned the retries: another plan would compute an image twice that is still unreadable.
-    return [replace(config, device=device, workers=threads, retry_quarantined=False) for device in devices[1:]]
+    alike = replace(config, workers=threads, retry_quarantined=False, stage=None)
+    return [replace(alike, device=device) for device in devices[1:]]
 
 
 def _summarize(
-    owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, seconds: float
+    owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, threads: int, seconds: float
 ) -> Extraction:
     plan, store = owed.plan, FeatureStore(owed.store.path) if owed.plan.shards else owed.store
     store = store.restrict(dataset.table["id"].tolist())
-    name, committed, threads = store.recipe.backbone, set(store.committed()), _threads() if computed else 0
+    name, committed = store.recipe.backbone, set(store.committed())
     left = [shard for shard in plan.shards if shard.number not in committed]
     if computed and (owed.batch_size, threads) != (store.batch_size, store.threads):
         log.warning(
@@ -385,6 +435,8 @@ def _models(
     bare, sizes, flags = [bare_name(str(name)) for name in names], set(files.sizes), sorted(cpu_flags())
     given, found = weights_by_name(bare, config.weights), dict[str, tuple[str, list[Path | None]]]()
     options: dict[str, Any] = {**config.to_json(), **dict.fromkeys(("weights", "workers", "batch_size"))}
+    for name in (*(f.name for f in fields(EngineConfig)), "stage"):  # who computes decides nothing
+        del options[name]
     options["size"] = list(*sizes) if len(sizes) == 1 else None
     caches = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
     places = [str(weights_dir(home)), sys.prefix, str(Path.home()), *map(os.environ.get, caches)]

@@ -8,9 +8,9 @@ shards, quarantine and resume like any other, and follows the bytes of the image
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -28,7 +28,8 @@ from embcache.data.budget import Decoding
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import check_number
-from embcache.extract.engines.local import LocalEngine, OwedStore
+from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, OwedStore, ShardJob
+from embcache.extract.engines.local import LocalEngine, Worker
 from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
 from embcache.extract.worker import prepare_batches
 from embcache.log import log
@@ -65,6 +66,7 @@ def cache_pixels(
     workers: int | None = None,
     format: str | None = None,
     decoding: Decoding | None = None,
+    engine: Engine | None = None,
 ) -> FeatureStore:
     """Decode and resize every image once, and keep the pixels; cached images are not decoded again.
 
@@ -76,8 +78,9 @@ def cache_pixels(
         The frame of this one is kept; normalization and crop do not matter.
     ids : sequence of str, optional
         Only these images; default: all of the dataset.
-    home, workers, format, decoding : optional
-        As in extraction: folder of stores, threads that decode, ``zarr`` or ``hdf5``, limits on the images.
+    home, workers, format, decoding, engine : optional
+        As in extraction: folder of stores, threads that decode, ``zarr`` or ``hdf5``, limits on the images,
+        who decodes.
 
     Returns
     -------
@@ -105,14 +108,15 @@ def cache_pixels(
             size = f"{framing.size[1]}×{framing.size[0]}"
             room = owed * prod(row_shape) / 1e9
             log.info(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
-        engine = LocalEngine([OwedStore(store, plan, _BATCH)], dataset, label="decode")
-        with files.learning(), closing(engine.shards()) as shards:
-            for shard in shards:
-                decode = partial(pixel_rows, files.root, shard.sources, framing, pool, decoding=decoding)
-                rows, batch_size = engine.compute(shard, decode)
-                files.scan.learn(shard.sources, rows.digests)
-                engine.commit(shard, [rows], batch_size)
-                del rows  # before those of the next shard are made
+        limits = decoding or Decoding()
+        job = PixelJob(str(files.root), framing, path, workers or default_workers(), limits.max_pixels, limits)
+        engine = engine or LocalEngine(f"decode {dataset.name}")
+        shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset)
+        with files.learning():
+            for shard, outcome in engine.run(shards, job) if shards.waiting else ():
+                if outcome.digests:
+                    files.scan.learn(shard.sources, outcome.digests)
+        shards.refresh_views()
     return FeatureStore(path).restrict(wanted.table["id"])
 
 
@@ -152,7 +156,15 @@ class CurrentPixels:
 
     store: FeatureStore  # of pixels
     rows: Mapping[str, int]  # row of each readable image whose file has not changed
+    stale: tuple[str, ...]  # IDs of those whose files have
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path, stale: tuple[str, ...]) -> CurrentPixels:
+        """Those of a store, except for images that are known to be stale."""
+        store = FeatureStore(path)
+        usable = set(store.digests).difference(stale)
+        return cls(store, {id_: row for row, id_ in enumerate(store.ids.tolist()) if id_ in usable}, stale)
 
     def read(self, ids: Sequence[str]) -> dict[str, tuple[NDArray[np.uint8], str]]:
         """Frame, uint8 (H, W, 3), and digest of each image that is there; one batch at a time, holding one shard."""
@@ -173,9 +185,9 @@ def current_pixels(dataset: ImageDataset, transform: Transform, files: DatasetFi
     store = FeatureStore(path)
     plan = plan_store(store, dataset, files.scan, publish=False)
     stale = {id_ for shard in plan.shards for id_ in shard.ids}
-    usable = (set(dataset.table["id"]) - stale) & set(store.digests)
-    rows = {id_: row for row, id_ in enumerate(store.ids.tolist()) if id_ in usable}
-    return CurrentPixels(store, rows) if rows else None
+    usable = set(dataset.table["id"]) & set(store.digests)
+    pixels = CurrentPixels.open(path, tuple(usable & stale))
+    return pixels if usable - stale else None
 
 
 def pixel_recipe(framing: Transform) -> Recipe:
@@ -188,6 +200,39 @@ def pixel_recipe(framing: Transform) -> Recipe:
 
 def _path(folder: Path, framing: Transform) -> Path:
     return folder / f"{PIXELS}-{pixel_recipe(framing).fingerprint[:12]}"
+
+
+@dataclass(frozen=True)
+class PixelJob(ShardJob):
+    """The frames of images."""
+
+    root: str  # folder of the images
+    framing: Transform
+    store: Path
+    workers: int  # threads that decode
+    max_pixels: int
+    here: Decoding | None = None  # that of the process that began the run
+
+    @contextmanager
+    def open(self) -> Iterator[Worker]:
+        """Threads that decode."""
+        decoding = self.here or Decoding(self.max_pixels)
+        with ThreadPoolExecutor(self.workers) as pool:
+            decode = partial(_pixel_rows, Path(self.root), self.framing, pool, decoding)
+            yield Worker([FeatureStore(self.store)], decode, decoding=decoding)
+
+
+def _pixel_rows(
+    root: Path,
+    framing: Transform,
+    pool: Executor,
+    decoding: Decoding,
+    shard: OwedShard,
+    *,
+    batch_size: int,
+    on_rows: OnRows,
+) -> list[ShardRows]:
+    return [pixel_rows(root, shard.sources, framing, pool, batch_size, on_rows, decoding)]
 
 
 def pixel_rows(

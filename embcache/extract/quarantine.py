@@ -10,12 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from embcache.config import ExtractConfig
-from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.store.commit import ShardRows
@@ -53,17 +52,17 @@ def parse_max_bad(value: int | str, images: int) -> int:
 
 
 class Quarantine:
-    """Judges the unusable images of one run: every shard is checked before it is committed."""
+    """Judges the unusable images of one run over a number of images: every shard is checked before it is committed."""
 
-    def __init__(self, dataset: ImageDataset, root: Path, config: ExtractConfig) -> None:
-        self._dataset, self._root, self._config = dataset, root, config
-        self._allowed = parse_max_bad(config.max_bad, len(dataset))
+    def __init__(self, images: int, ids: Callable[[], Sequence[str]], root: Path, config: ExtractConfig) -> None:
+        self._images, self._list_ids, self._root, self._config = images, ids, root, config
+        self._allowed = parse_max_bad(config.max_bad, images)
         self._folder = _identity(root)
         self._tallies: dict[Path, _Tally] = {}
 
     @cached_property
     def _ids(self) -> frozenset[str]:  # needed only if an image is bad
-        return frozenset(self._dataset.table["id"].tolist())
+        return frozenset(self._list_ids())
 
     def check(self, stores: Sequence[FeatureStore], rows: Sequence[ShardRows], sources: Sequence[ImageRef]) -> None:
         """Refuse the rows of one shard, in every store, if too many images would be quarantined."""
@@ -91,7 +90,7 @@ class Quarantine:
         if len(bad) > _SHOWN:
             lines.append(f"… and {len(bad) - _SHOWN:,} more")
         return DatasetError(
-            f"too many images cannot be used: {len(bad):,} of {len(self._dataset):,} ({new:,} of them in the current "
+            f"too many images cannot be used: {len(bad):,} of {self._images:,} ({new:,} of them in the current "
             "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",
             fix="repair or remove them and run the same command: what is committed stays; or accept more of them: "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,50 +27,59 @@ from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION
 from embcache.errors import RecipeError, UsageError
-from embcache.extract.canaries import canary_features
+from embcache.extract.canaries import canary_features, environment
 from embcache.extract.engines.devices import split_devices
-from embcache.extract.foreign import refuse_foreign
 from embcache.extract.scan import DatasetFiles
 from embcache.extract.worker import FrozenNetwork, freeze
 from embcache.fields import bare_name
 from embcache.log import log
-from embcache.paths import PathLike, slug
+from embcache.paths import PathLike, slug, weights_dir
+from embcache.sealed import canonical_json
 from embcache.store.feature_store import PIXELS, FeatureStore, list_stores
 from embcache.store.schema import NUMERICS, Recipe
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What of a dataset decides the networks of an extraction and their recipes."""
+
+    folder: Path  # of the dataset's stores
+    sizes: tuple[tuple[int, int], ...]  # of the images, see `DatasetFiles`
+    layout: str
+    augment: str
+
+    @classmethod
+    def of(cls, dataset: ImageDataset, files: DatasetFiles) -> Traits:
+        """Those of a dataset whose files were scanned."""
+        return cls(files.folder, tuple(files.sizes), dataset.layout, dataset.augment)
+
+
 def open_networks(
-    backbones: Sequence[str | Backbone],
-    dataset: ImageDataset,
-    files: DatasetFiles,
-    config: ExtractConfig,
-    *,
-    home: PathLike | None = None,
+    backbones: Sequence[str | Backbone], traits: Traits, config: ExtractConfig, home: PathLike | None = None
 ) -> list[FrozenNetwork]:
     """The networks of an extraction, in the order of ``backbones``; nothing is computed."""
     names = [bare_name(backbone) if isinstance(backbone, str) else backbone.name for backbone in backbones]
     if repeated := [b for b in backbones if isinstance(b, str) and bare_name(b) != b and names.count(bare_name(b)) > 1]:
         raise UsageError("a backbone is named twice", code="repeated-backbone", found=", ".join(repeated))
-    refuse_foreign(names, dataset, home)
     weights = weights_by_name(names, config.weights)
-    found = [_find(each, weights.get(name), files.folder, home) for each, name in zip(backbones, names, strict=True)]
+    found = [_find(each, weights.get(name), traits.folder, home) for each, name in zip(backbones, names, strict=True)]
     specs = [repool(spec, config.tokens, config.layers) for spec in found]
     device, networks = split_devices(config.device)[0], list[FrozenNetwork]()
     precision = config.precision
     if precision != "fp32" and config.runtime not in ("auto", "eager"):
         precision += f"+{config.runtime}"
     for given, name, spec in zip(backbones, names, specs, strict=True):
-        transform = choose_transform(spec, config.transform, files.sizes, config.decode)
+        transform = choose_transform(spec, config.transform, traits.sizes, config.decode)
         spec = spec.at(transform.size)
         what = spec if spec.module is not None or spec.library else given  # a module is built once
         loaded = load_backbone(what, weights=weights.get(name), home=home, image_size=transform.size)
-        views = (config.views, dataset.augment, config.feature_dtype)
+        views = (config.views, traits.augment, config.feature_dtype)
         if spec.module is not None:  # before it is rewritten, and after
             loaded.module.to("cpu")
             canary_features(FrozenNetwork(loaded, transform, torch.device("cpu"), "fp32"))
         networks.append(freeze(loaded, transform, device, precision, *views))
-        _check_own_name(make_recipe(networks[-1]), files.folder)
-        for note in notes_of(loaded, dataset.layout):
+        _check_own_name(make_recipe(networks[-1]), traits.folder)
+        for note in notes_of(loaded, traits.layout):
             log.info(note)
     return networks
 
@@ -142,6 +153,20 @@ def make_recipe(network: FrozenNetwork) -> Recipe:
         transform=transform, decoder=DECODER_VERSION, pooling=spec.pooling, precision=precision,
         dtype=network.dtype, numerics=NUMERICS, model=spec.model,
     )  # fmt: skip
+
+
+def kept_conversion(network: FrozenNetwork, home: PathLike | None) -> Path | None:
+    """How names of files begin that a runtime keeps of a network's conversion, beside the weights.
+
+    None of a module of the user's own, of which nothing says whether its code has changed.
+    """
+    backbone = network.backbone
+    if backbone.spec.module is not None:
+        return None
+    versions = environment(network).values()  # of the libraries whose code is converted
+    parts = (backbone.spec.network, backbone.weights_sha256, backbone.spec.pooling, NUMERICS, *versions)
+    digest = hashlib.sha256(canonical_json([*map(str, parts), network.precision]).encode()).hexdigest()
+    return weights_dir(home) / "converted" / digest[:16]
 
 
 def require_checkpoints(recipes: Iterable[Recipe], named: Container[str], home: PathLike | None = None) -> None:

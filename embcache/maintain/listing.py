@@ -301,13 +301,15 @@ def dry_run(
     names: Sequence[str], dataset: ImageDataset, config: ExtractConfig | None = None, *, home: PathLike | None = None
 ) -> list[DryRun]:
     """Compare what an extraction with this config wants with what is cached; nothing is written."""
-    from embcache.extract.recipes import open_networks
+    from embcache.extract.foreign import refuse_foreign
+    from embcache.extract.recipes import Traits, open_networks
     from embcache.extract.scan import scan_dataset
 
     config = config or ExtractConfig()
     with ThreadPoolExecutor(default_workers()) as pool:
         files = scan_dataset(dataset, home, pool, Decoding(check_max_pixels(config.max_pixels)))
-        networks = open_networks(names, dataset, files, config, home=home)
+        refuse_foreign([bare_name(name) for name in names], dataset, home)
+        networks = open_networks(names, Traits.of(dataset, files), config, home)
         return [
             _one(name, network, dataset, files, home, config.retry_quarantined)
             for name, network in zip(names, networks, strict=True)

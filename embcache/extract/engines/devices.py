@@ -12,14 +12,15 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.extract.engines.local import Stop
+from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.log import log
 from embcache.paths import PathLike, home_dir
 
@@ -44,6 +45,19 @@ def split_devices(device: str) -> list[str]:
         if not (name != index and index.isdecimal() and int(index) < torch.cuda.device_count()):
             pick_device(name)
     return names
+
+
+class DevicesEngine(Engine):
+    """The local engine, while a crew of processes takes shards from the same stores."""
+
+    def __init__(self, local: LocalEngine, crew: Crew) -> None:
+        self._local, self._crew = local, crew
+
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+        """Compute every owed shard that neither the crew nor any other process has committed."""
+        with self._crew:
+            yield from self._local.run(shards, job)
+        shards.computed[:] = [sum(images) for images in zip(shards.computed, *self._crew.computed, strict=True)]
 
 
 class Crew:

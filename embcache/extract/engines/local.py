@@ -1,4 +1,4 @@
-"""The local engine: owed shards of one or more stores, computed here and shared with other processes by leases.
+"""The worker of every engine, and the local engine: owed shards, computed in this process, shared by leases.
 
 It stops between two shards: the first signal lets the current shard be committed, the second does not wait.
 """
@@ -9,27 +9,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from embcache.cores import is_shortage, out_of_memory
-from embcache.data.dataset import ImageDataset
-from embcache.data.images import ImageRef, image_refs
-from embcache.extract.scan import Plan, Shard
+from embcache.data.budget import Decoding
+from embcache.data.images import ImageRef
+from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.log import log
-from embcache.store.commit import ShardRows, commit_shard, is_committed, refresh_view
+from embcache.store.commit import ShardRows, commit_shard, is_committed
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
 # How long to wait before looking again at shards that another process is computing.
 _POLL_SECONDS = 1.0
-
-R = TypeVar("R")
 
 
 class Stop:
@@ -101,113 +99,56 @@ def exit_status(number: int) -> int:
     return 128 + int(number)
 
 
-@dataclass(frozen=True)
-class OwedStore:
-    """A store with what it owes, and the images per batch."""
+@dataclass
+class Worker:
+    """Computes and commits shards in one process."""
 
-    store: FeatureStore
-    plan: Plan
-    batch_size: int
-    runtime: str = "eager"  # what executes the network
+    stores: Sequence[FeatureStore]
+    compute: Callable[..., list[ShardRows]]  # of an `OwedShard` with ``batch_size=``, ``on_rows=``
+    check: Callable[[Sequence[FeatureStore], Sequence[ShardRows], Sequence[ImageRef]], None] = lambda *_: None
+    runtimes: Sequence[str | None] = ()  # per store, where features have one
+    threads: int | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    _largest: int | None = None  # batch that the memory holds
 
+    def run(self, shard: OwedShard, on_rows: OnRows = lambda rows: None) -> ShardOutcome:
+        """Lease a shard in its stores, compute it where it is not committed yet, check the rows and commit them."""
+        with ExitStack() as leases:
+            held = tuple(
+                index for index in shard.stores
+                if (lease := Lease.acquire(self.stores[index].path, shard.number)) and leases.enter_context(lease)
+            )  # fmt: skip
+            # A shard that another process committed since the plan was read costs nothing.
+            owed = tuple(index for index in held if not is_committed(self.stores[index].path, shard.number))
+            on_rows(len(shard.sources) * (len(held) - len(owed)))
+            if not owed:
+                return ShardOutcome(held, ())
+            rows, batch_size = self._compute(replace(shard, stores=owed), on_rows)
+            self.check([self.stores[index] for index in owed], rows, shard.sources)
+            for index, each in zip(owed, rows, strict=True):
+                commit_shard(
+                    self.stores[index].path, shard.number, each, batch_size=batch_size, threads=self.threads,
+                    runtime=self.runtimes[index] if self.runtimes else None,
+                )  # fmt: skip
+            return ShardOutcome(held, owed, rows[0].digests)
 
-@dataclass(frozen=True)
-class LeasedShard:
-    """A shard that this process holds, for all stores that owe it: they share one decoding."""
-
-    number: int
-    sources: Sequence[ImageRef]
-    stores: Sequence[int]  # places in the engine's list of stores
-    batch_size: int
-
-
-class LocalEngine:
-    """Goes through the owed shards of some stores; what their rows are made of is the caller's choice."""
-
-    def __init__(
-        self,
-        owed: Sequence[OwedStore],
-        dataset: ImageDataset,
-        *,
-        part: tuple[int, int] | None = None,
-        stop: Stop | None = None,
-        threads: int | None = None,
-        label: str = "extract",
-    ) -> None:
-        self.computed = [0] * len(owed)  # images per store
-        self._owed, self._dataset, self._part = owed, dataset, part
-        self._stop, self._threads, self._label = stop or Stop(), threads, label
-        self._largest: int | None = None  # batch that the memory holds
-
-    def shards(self) -> Generator[LeasedShard, None, None]:
-        """Yield every owed shard that no process has committed, each leased until the next one is taken.
-
-        A shard that another process is computing is waited for: if that process dies, the shard is computed here. Close
-        the generator if the work on a shard fails, so that its leases are free at once.
-        """
-        waiting: dict[tuple[Shard, int], list[int]] = {}
-        for index, each in enumerate(self._owed):
-            for shard in each.plan.shards:
-                if in_part(shard.number, self._part):
-                    waiting.setdefault((shard, each.batch_size), []).append(index)
-        twice = sum(len(s.ids) for s, _ in waiting) - len({image for s, _ in waiting for image in s.ids})
-        if twice:
-            log.info(f"the backbones do not owe the same shards: {twice} images are decoded in a second pass")
-        table = self._dataset.table
-        places = dict.fromkeys((image for shard, _ in waiting for image in shard.ids), -1)  # rows of the table
-        for row, image in enumerate(table["id"].tolist() if places else ()):
-            if image in places:
-                places[image] = row
-        total = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in waiting.items())
-        name, stop = f"{self._label} {self._dataset.name}", self._stop
-        with tqdm(total=total, unit="img", desc=name, disable=None, smoothing=0.05) as self._bar:
-            stop.complete = not waiting
-            while waiting and not stop.requested:
-                progress = False
-                for (shard, batch_size), sharing in list(waiting.items()):
-                    if stop.requested:
-                        break
-                    # Current from its lease on: a signal meanwhile waits for its commit.
-                    with ExitStack() as leases:
-                        stop.busy = True
-                        leases.callback(setattr, stop, "busy", False)
-                        leased = [
-                            index for index in sharing
-                            if (lease := Lease.acquire(self._owed[index].store.path, shard.number))
-                            and leases.enter_context(lease)
-                        ]  # fmt: skip
-                        # A shard that another process committed since the plan was read costs nothing.
-                        owed = [i for i in leased if not is_committed(self._owed[i].store.path, shard.number)]
-                        if owed:
-                            # An image that left the dataset after its shard was planned keeps its row, as unreadable.
-                            known = iter(image_refs(table.iloc[[places[id_] for id_ in shard.ids if places[id_] >= 0]]))
-                            wanted = [next(known) if places[id_] >= 0 else ImageRef(id_, "", "") for id_ in shard.ids]
-                            yield LeasedShard(shard.number, wanted, owed, batch_size)
-                    self._bar.update(len(shard.ids) * (len(leased) - len(owed)))
-                    left = [index for index in sharing if index not in leased]
-                    if left:
-                        waiting[shard, batch_size] = left
-                    else:
-                        del waiting[shard, batch_size]
-                        stop.complete = not waiting
-                    progress |= bool(leased)
-                if waiting and not progress:
-                    stop.wait(_POLL_SECONDS)
-        for each in self._owed:
-            refresh_view(each.store.path)
-
-    def compute(self, shard: LeasedShard, compute: Callable[..., R]) -> tuple[R, int]:
-        """What ``compute(batch_size=…, on_rows=…)`` makes of a shard, and the batch size, halved if memory is short.
+    def _compute(self, shard: OwedShard, on_rows: OnRows) -> tuple[list[ShardRows], int]:
+        """The rows of a shard, and the batch size, halved if memory is short.
 
         There are never two sizes in one shard, so that the recorded one decides its rows.
         """
         size = min(shard.batch_size, self._largest or shard.batch_size)
         while True:
-            shown = self._bar.n
+            counted = list[int]()
+
+            def count(rows: int, counted: list[int] = counted) -> None:
+                counted.append(rows)
+                on_rows(rows)
+
             try:
-                return compute(batch_size=size, on_rows=self._bar.update), size
+                return self.compute(shard, batch_size=size, on_rows=count), size
             except BaseException as error:
-                self._bar.update(shown - self._bar.n)  # these rows are computed again, or not at all
+                on_rows(-sum(counted))  # these rows are computed again, or not at all
                 if not is_shortage(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -219,15 +160,44 @@ class LocalEngine:
             if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def commit(self, shard: LeasedShard, rows: Sequence[ShardRows], batch_size: int) -> None:
-        """Write the rows of a shard to each store that owes it."""
-        for index, each in zip(shard.stores, rows, strict=True):
-            path = self._owed[index].store.path
-            runtime = self._owed[index].runtime
-            commit_shard(path, shard.number, each, batch_size=batch_size, threads=self._threads, runtime=runtime)
-            self.computed[index] += len(each.ids)
+
+class LocalEngine(Engine):
+    """Goes through the owed shards in this process."""
+
+    def __init__(self, label: str, stop: Stop | None = None) -> None:
+        self._label, self._stop = label, stop or Stop()
+
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+        """Compute every owed shard that no process has committed.
+
+        A shard that another process is computing is waited for: if that process dies, the shard is computed here.
+        """
+        with progress_bar(self._label, shards.rows) as bar, job.open() as worker:
+            yield from self._run(shards, worker, bar.update)
+
+    def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+        stop, waiting = self._stop, {key: list(sharing) for key, sharing in shards.waiting.items()}
+        while waiting and not stop.requested:
+            progress = False
+            for key, sharing in list(waiting.items()):
+                if stop.requested:
+                    break
+                stop.busy = True  # from its lease on: a signal meanwhile waits for its commit
+                try:
+                    shard = shards.shard(key, sharing)
+                    outcome = worker.run(shard, on_rows)
+                    waiting[key] = [index for index in sharing if index not in outcome.settled]
+                    if not waiting[key]:
+                        del waiting[key]
+                    stop.complete = not waiting
+                    yield shards.count(shard, outcome)
+                finally:
+                    stop.busy = False
+                progress |= bool(outcome.settled)
+            if waiting and not progress:
+                stop.wait(_POLL_SECONDS)
 
 
-def in_part(number: int, part: tuple[int, int] | None) -> bool:
-    """Whether a shard belongs to the I-th of N parts."""
-    return part is None or number % part[1] == part[0] - 1
+def progress_bar(label: str, rows: int) -> tqdm[Any]:
+    """A bar over the rows of a run, on a terminal."""
+    return tqdm(total=rows, unit="img", desc=label, disable=None, smoothing=0.05)

@@ -1,0 +1,254 @@
+"""Ray: one actor per device, on the nodes of a cluster; imported only where Ray is named as the engine.
+
+Actors are not restarted and their calls are not repeated by Ray: the driver asks the store what a lost actor has
+committed. An actor has no arguments of its own; a job and its shards are small and travel beside the object store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
+
+from embcache.config import EngineConfig
+from embcache.cores import usable_cores
+from embcache.errors import EmbcacheError, UsageError
+from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
+from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.engines.local import Stop, exit_status, progress_bar
+from embcache.log import log, shown
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without GPUs sees none, without a warning
+try:
+    import ray
+    from ray.exceptions import RayActorError, RayError
+except ImportError as error:
+    raise UsageError(
+        "Ray is not installed", code="no-ray", fix="pip install 'embcache[ray]', or --engine local"
+    ) from error
+
+_OBJECT_STORE = 100 << 20  # bytes; no features travel through it
+_PATIENCE_SECONDS = 20.0
+
+T = TypeVar("T")
+
+
+@contextmanager
+def connected(config: EngineConfig) -> Iterator[None]:
+    """A connection to the cluster of ``config``, or Ray on this machine alone, until the block ends."""
+    if ray.is_initialized():
+        yield
+        return
+    if config.address is None:
+        cores = (config.num_workers or 1) * (config.cpus_per_worker or usable_cores())
+        own: dict[str, Any] = {
+            "num_cpus": max(usable_cores(), cores),
+            "object_store_memory": _OBJECT_STORE,
+            "include_dashboard": False,
+        }
+    else:
+        own = {}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    log.info("starting Ray on this machine" if config.address is None else f"connecting to Ray at {config.address}")
+    with _handlers_kept():
+        try:
+            if config.address is not None:  # Ray itself would try for minutes
+                host, _, port = config.address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_SECONDS).close()
+            ray.init(address=config.address or "local", **own, **quiet)
+        except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
+            raise EmbcacheError(
+                "no Ray cluster answers", code="ray-address", found=(str(error) or type(error).__name__)[:300],
+                where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
+                fix="ray start --head --port=6379, then --address HOST:6379; or leave --address out",
+            ) from error  # fmt: skip
+    try:
+        yield
+    finally:
+        with _handlers_kept():
+            ray.shutdown()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of that of SIGTERM."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class Surroundings:
+    """Working folder and variables of the driver, for processes that the cluster started elsewhere."""
+
+    def __init__(self) -> None:
+        self._folder = os.getcwd()  # noqa: PTH109  # as text
+        self._variables = {name: text for name, text in os.environ.items() if name.startswith("EMBCACHE_")}
+
+    def enter(self, threads: int) -> None:
+        """Work in the same folder, if it is there, with a number of torch's threads; variables of the node win."""
+        with suppress(OSError):
+            os.chdir(self._folder)
+        for name, text in self._variables.items():
+            os.environ.setdefault(name, text)
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+class _Hand:
+    """An actor: a worker and its process."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def open(self, job: ShardJob, threads: int, surroundings: Surroundings) -> tuple[Ready | EmbcacheError, list[str]]:
+        surroundings.enter(threads)
+        where = f"the worker on {socket.gethostname()} (process {os.getpid()})"
+
+        def begin() -> Ready:
+            self._worker = self._open.enter_context(job.open())
+            return Ready(where)
+
+        return _attempt(begin)
+
+    def run(self, shard: OwedShard) -> tuple[ShardOutcome | EmbcacheError, list[str]]:
+        return _attempt(lambda: self._worker.run(shard))
+
+    def notes(self) -> list[str]:
+        return self._worker.decoding.notes()
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | EmbcacheError, list[str]]:
+    """What some work gives, or its error, and the warnings that were logged meanwhile."""
+    notes = list[str]()
+    with shown(notes.append, logging.WARNING):
+        try:
+            return work(), notes
+        except EmbcacheError as error:
+            return error, notes
+
+
+class RayPool(WorkerPool):
+    """Actors that open one job."""
+
+    def __init__(self, job: ShardJob, threads: int, gpus: float) -> None:
+        self._job, self._threads, self._gpus = job, threads, gpus
+        self._surroundings = Surroundings()
+        # `max_restarts`: a restarted actor would have to load its networks anew, on a node that may be bad.
+        self._class = ray.remote(_Hand).options(
+            num_cpus=threads, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+        )
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, int] = {}
+        self._started = 0
+
+    def room(self) -> int:
+        """Actors that the nodes have resources for, whoever uses these now."""
+        return sum(
+            int(min(node.get("CPU", 0) / self._threads, node.get("GPU", 0) / self._gpus if self._gpus else 1 << 16))
+            for node in _nodes()
+        )
+
+    def start(self) -> int:
+        """Another actor; Ray places it."""
+        self._started += 1
+        self._actors[self._started] = self._class.remote()
+        opened = self._actors[self._started].open.remote(self._job, self._threads, self._surroundings)
+        self._pending[opened] = self._started
+        return self._started
+
+    def give(self, worker: int, shard: OwedShard) -> None:
+        """Let an actor compute a shard."""
+        self._pending[self._actors[worker].run.remote(shard)] = worker
+
+    def wait(self, seconds: float) -> Sequence[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]:
+        """Answers of actors, and losses."""
+        done, _ = ray.wait(list(self._pending), timeout=seconds) if self._pending else ([], [])
+        answers = list[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]()
+        for each in done:
+            worker = self._pending.pop(each)
+            try:
+                answer, notes = ray.get(each)
+            except RayActorError as error:
+                answers.append((worker, Lost(_reason(error))))
+                continue
+            _warn(notes)
+            answers.append((worker, answer))
+        return answers
+
+    def end(self, worker: int) -> None:
+        """Kill an actor."""
+        actor = self._actors.pop(worker)
+        self._pending = {each: owner for each, owner in self._pending.items() if owner != worker}
+        with suppress(RayError):
+            ray.kill(actor, no_restart=True)
+
+    def close(self) -> None:
+        """Ask idle actors for their notes, and end all."""
+        busy = set(self._pending.values())
+        asked = [actor.notes.remote() for worker, actor in self._actors.items() if worker not in busy]
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=5) if asked else ([], [])
+        for each in done:
+            with suppress(RayError):
+                _warn(ray.get(each))
+        for worker in list(self._actors):
+            self.end(worker)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        log.warning(note)
+
+
+def _reason(error: RayActorError) -> str:
+    """The first line of Ray's report that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "because" in line or "died" in line.lower() or "node" in line.lower()]
+    return (telling or lines or [type(error).__name__])[0]
+
+
+class RayEngine(Engine):
+    """Owed shards, computed by the actors of a cluster that is connected."""
+
+    def __init__(self, label: str, stop: Stop, config: EngineConfig, threads: int) -> None:
+        self._label, self._stop, self._config, self._threads = label, stop, config, threads
+
+    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+        """Let actors compute every owed shard; those of lost actors are computed by others."""
+        gpus = self._config.gpus_per_worker or 0
+        pool = RayPool(job, self._threads, gpus)
+        room, wanted = pool.room(), self._config.num_workers
+        if not room:
+            there = "; ".join(f"{each.get('CPU', 0):g} cores, {each.get('GPU', 0):g} GPUs" for each in _nodes())
+            raise EmbcacheError(
+                "no node of the Ray cluster has room for a worker", code="ray-no-room", found=there or "no node",
+                expected=f"a node with {self._threads} cores and {gpus:g} GPUs",
+                fix="--cpus-per-worker 1" if self._threads > 1 else "--gpus-per-worker 0, or other nodes",
+            )  # fmt: skip
+        log.info(f"Ray: room for {min(wanted or room, room)} workers; cores of each {self._threads}, GPUs {gpus:g}")
+        self._stop.others = True  # a first signal lets them commit
+        try:
+            with progress_bar(self._label, shards.rows) as bar:
+                yield from Dispatch(pool, shards, self._stop, wanted).run(bar.update)
+        except SystemExit:
+            if self._stop.signal is not None:  # Ray puts a status of its own in the place of a signal's
+                raise SystemExit(exit_status(self._stop.signal)) from None
+            raise
+        finally:
+            pool.close()
+            self._stop.others = False

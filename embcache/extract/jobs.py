@@ -1,0 +1,106 @@
+"""An extraction as a job: what any process needs to compute shards of features, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from embcache.backbones.catalog import Backbone
+from embcache.config import ExtractConfig
+from embcache.data.budget import Decoding, check_max_pixels
+from embcache.data.dataset import read_snapshot
+from embcache.errors import RecipeError
+from embcache.extract import worker
+from embcache.extract.canaries import check_canaries
+from embcache.extract.engines.engine import OnRows, OwedShard, ShardJob
+from embcache.extract.engines.local import Worker
+from embcache.extract.pixels import CurrentPixels
+from embcache.extract.quarantine import Quarantine
+from embcache.extract.recipes import Traits, kept_conversion, make_recipe, open_networks
+from embcache.extract.worker import FrozenNetwork
+from embcache.store.commit import ShardRows
+from embcache.store.feature_store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Here:
+    """What is open in the process that began the run."""
+
+    networks: Sequence[FrozenNetwork]
+    pixels: Mapping[str, CurrentPixels]  # by frame key
+    decoding: Decoding
+    quarantine: Quarantine
+
+
+@dataclass(frozen=True)
+class FeatureJob(ShardJob):
+    """The features of images under some backbones. Without ``here`` it is plain data, for other processes."""
+
+    dataset: str  # name
+    images: int  # of the dataset
+    backbones: tuple[str | Backbone, ...]
+    traits: Traits
+    config: Mapping[str, Any]  # of the extraction, as JSON
+    home: str
+    root: str  # folder of the images
+    stores: tuple[tuple[Path, str], ...]  # path and runtime, one per backbone
+    pixels: tuple[tuple[str, Path, tuple[str, ...]], ...]  # frame key, path of the store, IDs that are not current
+    threads: int  # of torch
+    workers: int  # threads that decode
+    here: Here | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Worker]:
+        """Networks that make what the stores hold, with everything else that a shard needs."""
+        here = self.here or self._open()
+        cached = {key: pixels.read for key, pixels in here.pixels.items()}
+        with ThreadPoolExecutor(self.workers) as pool:
+            compute = partial(_features, Path(self.root), here.networks, pool, cached, here.decoding)
+            stores, runtimes = [FeatureStore(path) for path, _ in self.stores], [runtime for _, runtime in self.stores]
+            yield Worker(stores, compute, here.quarantine.check, runtimes, self.threads, here.decoding)
+
+    def _open(self) -> Here:
+        """The same in another process: a network that is not that of its store is refused."""
+        config = ExtractConfig.from_json(self.config)
+        networks = open_networks(self.backbones, self.traits, config, self.home)
+        for index, (path, runtime) in enumerate(self.stores):
+            network, store = networks[index], FeatureStore(path)
+            if differences := make_recipe(network).differences(store.recipe):
+                raise RecipeError(
+                    f"the network {store.recipe.backbone} of this worker is not that of the store",
+                    code="worker-recipe", where=store.path,
+                    expected=", ".join(f"{name} {theirs}" for name, (_, theirs) in differences.items()),
+                    found=", ".join(f"{name} {mine}" for name, (mine, _) in differences.items()),
+                    fix="install the same versions and the same checkpoints on all nodes, or share EMBCACHE_WEIGHTS",
+                )  # fmt: skip
+            check_canaries(store.path, network)
+            networks[index] = network.executed_by(runtime, kept_conversion(network, self.home))
+        quarantine = Quarantine(self.images, self._ids, Path(self.root), config)
+        pixels = {key: CurrentPixels.open(path, stale) for key, path, stale in self.pixels}
+        return Here(networks, pixels, Decoding(check_max_pixels(config.max_pixels)), quarantine)
+
+    def _ids(self) -> list[str]:
+        snapshot = read_snapshot(self.dataset, self.home)
+        return [] if snapshot is None else snapshot.table["id"].tolist()
+
+
+def _features(
+    root: Path,
+    networks: Sequence[FrozenNetwork],
+    pool: Executor,
+    cached: Mapping[str, Any],
+    decoding: Decoding,
+    shard: OwedShard,
+    *,
+    batch_size: int,
+    on_rows: OnRows,
+) -> list[ShardRows]:
+    chosen = [networks[index] for index in shard.stores]
+    return worker.compute_shard(
+        root, shard.sources, chosen, batch_size=batch_size, pool=pool, cached=cached, on_rows=on_rows, decoding=decoding
+    )

@@ -1,0 +1,208 @@
+"""The driver of workers in other processes, with workers that exist on paper only."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from embcache.config import ExtractConfig
+from embcache.data.dataset import load_dataset
+from embcache.errors import EmbcacheError
+from embcache.extract.engines import dispatch
+from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
+from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, ShardOutcome
+from embcache.extract.engines.local import Stop
+from embcache.extract.scan import Plan, Shard
+from embcache.log import shown
+from embcache.store.feature_store import FeatureStore
+from tests.extract.conftest import draw
+from tests.refusal import refused
+from tests.store.build import add, make_store
+
+Answer = Ready | ShardOutcome | Lost | EmbcacheError
+
+
+@dataclass
+class Paper(WorkerPool):
+    """Answers as written down: by worker, what it says to one shard after another; 'done' for the rest."""
+
+    store: Path
+    nodes: int = 2
+    script: dict[int, list[str]] = field(default_factory=dict)
+    given: list[tuple[int, int]] = field(default_factory=list)  # worker, shard
+    ended: list[int] = field(default_factory=list)
+    stop: Stop | None = None
+    _answers: deque[tuple[int, Answer]] = field(default_factory=deque)
+    _started: int = 0
+
+    def room(self) -> int:
+        return self.nodes
+
+    def start(self) -> int:
+        self._started += 1
+        words = self.script.get(self._started, [])
+        if words and words[0] == "never":  # only now is it known that the node is gone
+            self.nodes -= 1
+            return self._started
+        refusal = EmbcacheError("other weights", code="worker-recipe")
+        self._answers.append(
+            (self._started, refusal if words and words[0] == "refused" else Ready(f"w{self._started}"))
+        )
+        return self._started
+
+    def give(self, worker: int, shard: OwedShard) -> None:
+        self.given.append((worker, shard.number))
+        words = self.script.get(worker, [])
+        word = words.pop(0) if words else "done"
+        if word in ("done", "commits and is lost"):
+            add(self.store, shard.number, [source.id for source in shard.sources])
+        if "lost" in word:
+            self.nodes -= "node" in word
+            self._answers.append((worker, Lost("the node died")))
+        elif word == "held":
+            self._answers.append((worker, ShardOutcome((), ())))
+        elif word == "error":
+            self._answers.append((worker, EmbcacheError("the disk is full", code="disk-full")))
+        elif word == "stop" and self.stop is not None:
+            add(self.store, shard.number, [source.id for source in shard.sources])
+            self.stop.request()
+            self._answers.append((worker, ShardOutcome((0,), (0,))))
+        else:
+            self._answers.append((worker, ShardOutcome((0,), (0,), ("",) * len(shard.sources))))
+
+    def wait(self, seconds: float) -> Sequence[tuple[int, Answer]]:
+        return [self._answers.popleft()] if self._answers else []
+
+    def end(self, worker: int) -> None:
+        self.ended.append(worker)
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(dispatch, "_POLL_SECONDS", 0.0)
+    return
+
+
+@pytest.fixture
+def owed(tmp_path: Path) -> OwedShards:
+    """Four shards of two images in one store."""
+    for index in range(8):
+        draw(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", index, 8)
+    dataset = load_dataset("folder", tmp_path / "images")
+    ids = dataset.table["id"].tolist()
+    store = FeatureStore(make_store(tmp_path / "home", rows_per_shard=2))
+    plan = Plan(tuple(Shard(n, tuple(ids[2 * n : 2 * n + 2])) for n in range(4)), 0, 8, 0)
+    return OwedShards([OwedStore(store, plan, 2)], dataset)
+
+
+def carry_out(pool: Paper, owed: OwedShards, most: int | None = None) -> tuple[list[int], list[str]]:
+    """Numbers of the shards that came back as computed, and what was said."""
+    said, computed, stop = list[str](), list[int](), pool.stop or Stop()
+    with shown(said.append):
+        for shard, outcome in Dispatch(pool, owed, stop, most).run(lambda rows: None):
+            computed += [shard.number] * bool(outcome.computed)
+    return computed, said
+
+
+def test_every_shard_goes_out_once(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path)
+    computed, said = carry_out(pool, owed)
+    assert (sorted(computed), said, owed.computed) == ([0, 1, 2, 3], [], [8])
+    assert sorted(shard for _, shard in pool.given) == [0, 1, 2, 3]
+    assert {worker for worker, _ in pool.given} == {1, 2}
+
+
+def test_no_more_workers_than_wanted_or_needed(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=50)
+    carry_out(pool, owed, most=1)
+    assert pool._started == 1
+
+
+def test_a_shard_of_a_worker_that_is_lost_before_its_commit_is_handed_out_again(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["lost with its node"]})
+    computed, said = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    first = pool.given[0][1]
+    assert [shard for _, shard in pool.given].count(first) == 2
+    assert said == [f"w1 was lost (the node died): shard {first} is handed out again; workers left: 1"]
+    assert pool.ended == [1]
+
+
+def test_a_shard_that_was_committed_before_its_worker_was_lost_is_not_computed_again(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["commits and is lost"]})
+    computed, said = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert sorted(shard for _, shard in pool.given) == [0, 1, 2, 3]
+    assert said == ["w1 was lost (the node died): shard 0 was committed before; workers left: 1"]
+    assert owed.computed == [8]
+
+
+def test_another_worker_is_started_where_there_is_room(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={1: ["lost"]})
+    computed, _ = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert pool._started == 2
+
+
+def test_a_worker_that_waits_for_a_node_that_is_gone_is_not_waited_for(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["lost"], 3: ["never"]})
+    computed, _ = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert pool.ended == [1, 3]
+
+
+def test_when_all_are_gone_what_is_left_is_named(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={1: ["done", "lost with its node"]})
+    with pytest.raises(EmbcacheError) as caught:
+        carry_out(pool, owed)
+    assert caught.value.code == "workers-gone"
+    assert "3 shards (6 images) are left" in caught.value.problem
+    assert "the node died" in str(caught.value.found)
+    assert owed.stores[0].committed() == (0,)
+
+
+def test_a_shard_that_takes_every_worker_with_it_is_given_up(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={number: ["lost"] for number in range(1, 4)})
+    with refused(EmbcacheError, "shard-loses-workers"):
+        carry_out(pool, owed)
+
+
+def test_a_worker_that_is_refused_leaves_the_work_to_others(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={2: ["refused"]})
+    computed, said = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert said == ["a worker could not begin: other weights"]
+    assert pool._started == 2  # none in its place
+
+
+def test_the_refusal_of_the_only_worker_is_the_error(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={1: ["refused"]})
+    with refused(EmbcacheError, "worker-recipe"):
+        carry_out(pool, owed)
+
+
+def test_a_shard_that_another_process_holds_is_asked_for_again(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={1: ["held"]})
+    computed, said = carry_out(pool, owed)
+    assert (sorted(computed), said) == ([0, 1, 2, 3], [])
+    assert len(pool.given) == 5
+
+
+def test_an_error_of_the_work_ends_the_run(owed: OwedShards) -> None:
+    with refused(EmbcacheError, "disk-full"):
+        carry_out(Paper(owed.stores[0].path, script={1: ["error"]}), owed)
+
+
+def test_a_stop_lets_what_is_handed_out_end_and_hands_out_no_more(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["stop"]}, stop=Stop())
+    computed, _ = carry_out(pool, owed)
+    assert 1 <= len(computed) == len(pool.given) <= 2
+
+
+def test_options_of_ray_need_ray() -> None:
+    with refused(EmbcacheError, "option-without-ray"):
+        ExtractConfig(address="10.0.0.1:6379")

@@ -1,0 +1,136 @@
+"""Ray: two nodes, each a set of processes of its own, on this machine. The first one has the head's bookkeeping too."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embcache.config import ExtractConfig
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.errors import EmbcacheError, RecipeError
+from embcache.extract.engines.engine import OwedShards, ShardOutcome
+from embcache.extract.extract import Extraction, extract
+from embcache.log import shown
+from tests.extract.conftest import draw
+from tests.extract.test_signals import contents
+from tests.refusal import refused
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(os.name == "nt", reason="nodes are killed as POSIX has it"),
+    pytest.mark.filterwarnings("default"),  # those of Ray are not ours
+]
+
+SLOW = "tests.extract.slow_net:slow"
+SHARDS = 10
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and a second node with a core each."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # of the nodes
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    made.add_node(**NODE)
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    """Forty images in shards of four."""
+    root = tmp_path_factory.mktemp("images")
+    for index in range(4 * SHARDS):
+        draw(root / ("benign" if index % 2 else "malignant") / f"{index:02}.png", index)
+    return load_dataset("folder", root)
+
+
+def run(dataset: ImageDataset, home: Path, **options: object) -> tuple[Extraction, list[str]]:
+    said = list[str]()
+    config = ExtractConfig.make(options={"rows_per_shard": 4, "batch_size": 2, **options})
+    with shown(said.append):
+        (done,) = extract(dataset, [SLOW], config, home=home)
+    return done, said
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of the shards that this process makes."""
+    done, _ = run(dataset, tmp_path_factory.mktemp("local"))
+    return contents(done.store.path)
+
+
+def test_a_node_that_is_killed_costs_nothing_but_its_shard(
+    cluster: Any, dataset: ImageDataset, whole: dict[str, bytes], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMBCACHE_SLOW_SECONDS", "0.3")
+    computed, count = list[int](), OwedShards.count
+
+    def record(self: OwedShards, shard: Any, outcome: ShardOutcome) -> Any:
+        computed.extend([shard.number] * bool(outcome.computed))
+        if len(computed) == 4:  # the other node is in the midst of a shard, or about to begin one
+            threading.Thread(target=kill).start()
+        return count(self, shard, outcome)
+
+    def kill() -> None:
+        time.sleep(0.2)
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)  # SIGKILL to its processes
+
+    monkeypatch.setattr(OwedShards, "count", record)
+    done, said = run(dataset, home, engine="ray", address=cluster.address)
+    assert sorted(computed) == list(range(SHARDS))  # each once
+    assert (done.computed, done.left) == (4 * SHARDS, 0)
+    assert contents(done.store.path) == whole
+    lost = [line for line in said if "was lost" in line]
+    assert len(lost) == 1, said
+    assert lost[0].endswith("workers left: 1")
+    assert "Ray: room for 2 workers; cores of each 1, GPUs 0" in said
+    assert not list((done.store.path / "leases").iterdir())
+    cluster.add_node(**NODE)
+
+
+def test_pixels_that_workers_decode_first_give_the_same_features(
+    cluster: Any, dataset: ImageDataset, whole: dict[str, bytes], home: Path
+) -> None:
+    done, said = run(dataset, home, engine="ray", address=cluster.address, stage="pixels", num_workers=1)
+    assert contents(done.store.path) == whole
+    assert any(line.startswith("pixels of 40 images are cached") for line in said)
+
+
+def test_a_worker_with_another_network_is_refused(
+    cluster: Any, dataset: ImageDataset, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embcache.extract.engines.ray_cluster import Surroundings
+
+    def others(self: Surroundings) -> None:
+        self._folder, self._variables = str(home), {"EMBCACHE_SLOW_SEED": "4"}
+
+    monkeypatch.setattr(Surroundings, "__init__", others)
+    with refused(RecipeError, "worker-recipe") as caught:
+        run(dataset, home, engine="ray", address=cluster.address, num_workers=1)
+    assert "weights_sha256" in str(caught.value)
+
+
+def test_a_worker_that_no_node_has_room_for(cluster: Any, dataset: ImageDataset, home: Path) -> None:
+    with refused(EmbcacheError, "ray-no-room"):
+        run(dataset, home, engine="ray", address=cluster.address, cpus_per_worker=3)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "ray://127.0.0.1:1"])
+def test_an_address_where_no_cluster_is(dataset: ImageDataset, home: Path, address: str) -> None:
+    with refused(EmbcacheError, "ray-address"):
+        run(dataset, home, engine="ray", address=address)
