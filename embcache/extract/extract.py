@@ -35,11 +35,12 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
+from embcache.data.partitioned import PartitionedDataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.engines.devices import Crew, split_devices
 from embcache.extract.engines.local import LocalEngine, OwedStore, Stop, in_part
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import TICK_NS, DatasetFiles, image_root, plan_store, scan_dataset
+from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, image_root, plan_store, scan_dataset
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
@@ -82,10 +83,16 @@ class Extraction:
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
 
+    def joined(self, other: Extraction) -> Extraction:
+        """The extraction of this partition and another one."""
+        counts = ("computed", "cached", "added", "changed", "retried", "left", "undone", "seconds")
+        added = {name: vars(self)[name] + vars(other)[name] for name in counts}
+        return replace(other, quarantined={**self.quarantined, **other.quarantined}, **added)
+
 
 def extract_features(
     backbones: str | Backbone | Sequence[str | Backbone],
-    dataset: ImageDataset | str,
+    dataset: ImageDataset | PartitionedDataset | str,
     *,
     home: PathLike | None = None,
     config: ExtractConfig | None = None,
@@ -98,8 +105,8 @@ def extract_features(
     backbones : str, Backbone, or a sequence of these
         One gives a store, a sequence gives a dict of them by name; images are decoded once for all, or with
         ``decode="reduced"`` once per size that their transforms resize to.
-    dataset : ImageDataset or str
-        From :func:`embcache.load_dataset`, or the name of a cached one.
+    dataset : ImageDataset, PartitionedDataset or str
+        From :func:`embcache.load_dataset` or `embcache.data.partitioned.load_partitioned`, or the name of a cached one.
     home : path-like, optional
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     config : ExtractConfig, optional
@@ -125,7 +132,8 @@ def extract_features(
     StoreError
         The store cannot be read or written.
     """
-    dataset, one = named_dataset(dataset, home), isinstance(backbones, str | Backbone)
+    one = isinstance(backbones, str | Backbone)
+    dataset = named_dataset(dataset, home) if isinstance(dataset, str) else dataset
     chosen = [backbones] if isinstance(backbones, str | Backbone) else list(backbones)
     done = extract(dataset, chosen, ExtractConfig.make(config, options), home=home)
     stores = {extraction.backbone: extraction.store for extraction in done}
@@ -133,7 +141,7 @@ def extract_features(
 
 
 def extract(
-    dataset: ImageDataset,
+    dataset: ImageDataset | PartitionedDataset,
     backbones: Sequence[str | Backbone],
     config: ExtractConfig | None = None,
     *,
@@ -141,6 +149,8 @@ def extract(
     stop: Stop | None = None,
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
+    if isinstance(dataset, PartitionedDataset):
+        return _extract_parts(dataset, backbones, config or ExtractConfig(), home, stop or Stop())
     began, started, config, stop = time.time_ns(), time.monotonic(), config or ExtractConfig(), stop or Stop()
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     threads = config.workers or max(1, default_workers() // len(devices))
@@ -160,7 +170,8 @@ def extract(
                 for network, each in zip(networks, owed, strict=True)
             ]
             _remember(models, networks, dataset, files.folder, home, began)
-        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+        if dataset.part is None:  # partitions are kept when they are made
+            write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         files.keep()
         cached = _cached_pixels(networks, owed, dataset, files) if networks else {}
         engine = LocalEngine(owed, dataset, part=config.part, stop=stop, threads=_threads() if networks else None)
@@ -187,6 +198,23 @@ def extract(
     return [_summarize(o, dataset, images, config, seconds) for o, images in zip(owed, computed, strict=True)]
 
 
+def _extract_parts(
+    dataset: PartitionedDataset, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None,
+    stop: Stop,
+) -> list[Extraction]:  # fmt: skip
+    """Extract one partition after the other into the same stores; of each only counts and reasons are kept."""
+    sizes = decisive_sizes(dataset, home, Decoding(check_max_pixels(config.max_pixels)))
+    done, seen = list[Extraction](), 0
+    for part in replace(dataset, sizes=sizes).parts():
+        if stop.requested:
+            break
+        stop.complete = False
+        seen += len(part)
+        each = extract(part, backbones, config, home=home, stop=stop)
+        done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
+    return [replace(one, store=FeatureStore(one.store.path), left=one.left + len(dataset) - seen) for one in done]
+
+
 def _open_store(
     network: FrozenNetwork,
     dataset: ImageDataset,
@@ -206,7 +234,7 @@ def _open_store(
     usual = read_header(path).runtime if path.is_dir() else None
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
     runtime = usual if requested == "auto" else None
-    runtime = runtime or choose_runtime(requested, device, network.precision, len(dataset))
+    runtime = runtime or choose_runtime(requested, device, network.precision, dataset.total)
     if runtime not in ("eager", usual):
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
         see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
@@ -214,7 +242,7 @@ def _open_store(
     canaries = cache(partial(canary_features, network))
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
-        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, len(dataset)),
+        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, dataset.total),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), threads=_threads(), runtime=runtime,
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
@@ -340,6 +368,7 @@ def _summarize(
     owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, seconds: float
 ) -> Extraction:
     plan, store = owed.plan, FeatureStore(owed.store.path) if owed.plan.shards else owed.store
+    store = store if dataset.part is None else store.of_part(dataset.part)
     store = store.restrict(dataset.table["id"].tolist())
     name, committed, threads = store.recipe.backbone, set(store.committed()), _threads() if computed else 0
     left = [shard for shard in plan.shards if shard.number not in committed]
