@@ -23,7 +23,15 @@ from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import check_paths, list_folder, settle_paths
 from embcache.data.label_texts import class_order, same_but_for_case
-from embcache.data.published import choose_name, find_layout, resolve_root, unreadable_as_error
+from embcache.data.published import (
+    DATASETS,
+    choose_name,
+    damaged,
+    find_layout,
+    kept_partitions,
+    resolve_root,
+    unreadable_as_error,
+)  # fmt: skip
 from embcache.data.tables import (
     COLUMNS,
     SPLIT_NAMES,
@@ -37,8 +45,10 @@ from embcache.data.tables import (
     unify,
 )  # fmt: skip
 from embcache.errors import DatasetError, first_few
+from embcache.io import keep_file
 from embcache.partitions import MOST_ROWS, PARTITION_ROWS, Part, read_partition, text_bytes, write_partition
 from embcache.paths import PathLike, home_dir, slug
+from embcache.sealed import read_sealed, seal, typed
 
 SUFFIXES = (".parquet", ".pq")
 _SAMPLE = 10_000  # rows by which columns are found
@@ -100,6 +110,23 @@ def large_tables(ref: DatasetRef) -> list[Path]:
     return files if sum(open_table_file(file).metadata.num_rows for file in files) > MOST_ROWS else []
 
 
+def find_partitioned(
+    name: str, ref: DatasetRef = DatasetRef(), home: PathLike | None = None
+) -> PartitionedDataset | None:
+    """The dataset of a table of more than `MOST_ROWS` rows, or of the name of one that is kept; None for others."""
+    if name == "folder" and large_tables(ref):
+        return load_partitioned(ref.data_root or "", home=home, ref=ref)
+    kept = kept_partitions(name, home)
+    if name in DATASETS or ref.data_root is not None or not kept.is_file():
+        return None
+    try:
+        known = read_sealed(kept, "extract again with --data-root TABLE")
+        ref, places = DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places")
+    except (KeyError, ValueError, OSError) as error:
+        raise damaged("what is kept of a dataset in partitions cannot be read", kept, str(error)) from error
+    return load_partitioned(ref.data_root or "", home=home, ref=ref, places=places)
+
+
 def load_partitioned(
     root: PathLike, *, home: PathLike | None = None, ref: DatasetRef | None = None, rows: int = PARTITION_ROWS,
     places: str = "", **options: Any,
@@ -147,6 +174,8 @@ def load_partitioned(
                 "a label file has no rows", code="table-empty", expected="one row per image", where=origin
             )
         _refuse_repeated(folder, list(partitions), np.concatenate(hashes), where=origin)
+    known = DatasetRef.make(ref, {"name": name, "data_root": origin}).to_json()
+    keep_file(kept_partitions(name, home), seal({"ref": known, "places": places}))
     notes = [f"{sum(partitions.values()):,} rows are read in {len(partitions):,} partitions", *reader.notes]
     return PartitionedDataset(name, reader.root, origin, class_names, folder, partitions, labels, ref, tuple(notes))
 
