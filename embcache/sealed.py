@@ -87,13 +87,16 @@ def file_checksum(path: Path) -> dict[str, Any]:
     return {"size": size, "crc32c": f"{checksum:08x}"}
 
 
-def open_parquet(data: bytes, columns: list[str] | None = None) -> tuple[pq.ParquetFile, pa.Table]:
-    """A Parquet file that others can write, and its table; a ValueError where it claims more rows than it can hold."""
+def open_parquet(data: bytes, columns: list[str] | None = None, most_rows: int = 0) -> tuple[pq.ParquetFile, pa.Table]:
+    """A Parquet file that others can write, and its table; a ValueError where it claims more rows than it can hold.
+
+    ``most_rows`` are allowed however few bytes there are: values may be equal.
+    """
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     names = file.schema_arrow.names
-    if len(set(names)) < len(names) or file.metadata.num_rows > 4 * len(data):
+    if len(set(names)) < len(names) or file.metadata.num_rows > max(4 * len(data), most_rows):
         raise ValueError(f"{file.metadata.num_rows:,} rows and {len(names):,} columns in {len(data):,} bytes")
     return file, file.read(columns=columns)
 

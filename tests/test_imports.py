@@ -20,8 +20,8 @@ PACKAGE = Path(embcache.__file__).parent
 
 # From the bottom to the top: each part may import itself and those of lower rows.
 _BASE = (
-    "config", "cores", "errors", "fields", "io", "log", "mirror", "notebook", "paths", "places", "registry", "sealed",
-    "targets",
+    "config", "cores", "errors", "fields", "io", "log", "mirror", "notebook", "partitions", "paths", "places",
+    "registry", "sealed", "targets",
 )  # fmt: skip
 LAYERS = (
     _BASE,

@@ -61,7 +61,8 @@ def extract(
             fix="one command per dataset",
         )  # fmt: skip
     weights_by_name(backbone, config.weights)  # before anything is loaded
-    from embcache.data.dataset import find_dataset
+    from embcache.data.dataset import ImageDataset, find_dataset
+    from embcache.data.partitioned import find_partitioned
     from embcache.extract.engines.local import Stop, exit_status, stop_on_signals
     from embcache.extract.extract import extract as run
     from embcache.maintain.listing import dry_run as explain
@@ -69,11 +70,17 @@ def extract(
     answers, stop = list[dict[str, Any]](), Stop()
     done = list["Extraction"]()
     for name in dataset:
-        found, _ = find_dataset(name, ref, home=home)
-        refuse_other_merges(ref, found)
+        found = find_partitioned(name, ref, home) or find_dataset(name, ref, home=home)[0]
+        if isinstance(found, ImageDataset):
+            refuse_other_merges(ref, found)
         for note in found.notes:
             log.info(note)
         if dry_run:
+            if not isinstance(found, ImageDataset):
+                raise UsageError(
+                    "--dry-run compares whole tables, and this one is read in partitions", code="dry-run-partitioned",
+                    found=f"{len(found):,} images", fix="leave it out: an extraction can be stopped and continued",
+                )  # fmt: skip
             for answer in explain(backbone, found, config, home=home):
                 answers.append({"dataset": found.name, **answer.to_json()})
                 if json != "-":
@@ -99,7 +106,7 @@ def extract(
         _echo_how_to_continue(f"stopped after the current shard, which is committed; {' and '.join(rest)} are left")
         raise SystemExit(exit_status(stop.signal))
     following = list[str]()
-    if done and not any(extraction.left for extraction in done):
+    if done and isinstance(found, ImageDataset) and not any(extraction.left for extraction in done):
         following = ["probe", "--head", "linear", "--subset", "S,M,F", "--dataset", found.name]
         following += ["--views", str(done[0].store.views)] if done[0].store.views > 1 else []
     return Answer(answers, lambda: None, following)

@@ -6,6 +6,7 @@ library's own filters trust what the file says of its chunks: a damaged size is 
 
 from __future__ import annotations
 
+import atexit
 import io
 import itertools
 import math
@@ -64,6 +65,14 @@ def own_array(file: Any, key: str) -> Any:
         found=f"a {type(array).__name__}, linked, external or virtual", where=file.filename,
         fix="download it again, or copy the values into one file",
     )  # fmt: skip
+
+
+@atexit.register
+def _close_files() -> None:
+    """Close what is open: HDF5 does so when the interpreter is gone, and then calls `StrictFile` all the same."""
+    for key, file in _files.items():
+        if key[0] == os.getpid():
+            file.close()
 
 
 def _array(path: str, place: str, decoding: Decoding) -> Any:

@@ -25,6 +25,7 @@ from embcache.data.published import (
     default_root,
     encode_snapshot,
     find_layout,
+    kept_partitions,
     named_columns,
     resolve_root,
     snapshot_path,
@@ -42,8 +43,9 @@ from embcache.errors import (
 )
 from embcache.io import read_regular
 from embcache.notebook import html_table
+from embcache.partitions import Part
 from embcache.paths import PathLike, home_dir, home_folders, skip
-from embcache.sealed import typed, typed_fields
+from embcache.sealed import plain, typed, typed_fields
 from embcache.targets import Target, make_target
 
 DEFAULT_SIZES: Mapping[str, int] = {"S": 50, "M": 500}
@@ -110,6 +112,8 @@ class ImageDataset:
         unknown).
     loss : str
         That trained heads minimize; empty for the kind's first.
+    part : Part or None
+        Of the rows of one partition: what they know of the whole (`embcache.data.partitioned`).
 
     Raises
     ------
@@ -139,8 +143,11 @@ class ImageDataset:
     kind: str = "classes"
     columns: tuple[str, ...] = ()
     loss: str = ""
+    part: Part | None = None
 
     def __post_init__(self) -> None:
+        if self.part is not None:  # its rows were checked when the partition was made
+            return
         _check_table(self.table, self.class_names, where=self.root or self.name)
         _check_columns(self.table, self.task, where=self.root or self.name)
         object.__setattr__(self, "table", self.table.reset_index(drop=True))
@@ -208,6 +215,11 @@ class ImageDataset:
         """The options that say on the command line how its table was read, as words of a shell."""
         return self.ref.words()
 
+    @property
+    def total(self) -> int:
+        """Number of images; of the whole, if these are the rows of one partition."""
+        return len(self) if self.part is None else self.part.total
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -244,10 +256,11 @@ class ImageDataset:
 
         ``target``, ``renamed`` and ``whole``, which change after loading, are not in it.
         """
-        left_out = ("table", "class_names", "target", "renamed", "whole", "kind", "columns", "loss")
+        left_out = ("table", "class_names", "target", "renamed", "whole", "kind", "columns", "loss", "part")
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         meta |= {key: None if meta[key] is None else str(meta[key]) for key in ("root", "origin")}
         meta |= {"subset_sizes": dict(self.subset_sizes), "ref": self.ref.to_json()}
+        meta |= {"part": plain(self.part)} if self.part is not None else {}
         more = {"columns": self.columns, "loss": self.loss}
         named = {"kind": self.kind, "column": "label", "names": self.class_names}
         meta["targets"] = [named | {key: value for key, value in more.items() if value}]
@@ -270,7 +283,10 @@ class ImageDataset:
             of = {"kind": target.kind, "columns": target.columns, "loss": target.loss}
             if ":" in str(meta["metric"]):  # it would be imported
                 raise ValueError(f"a metric called {meta['metric']!r:.40}")
-            return cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta), **of)
+            found = cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta), **of)
+            if found.part is not None:  # a file says so, and not the partition
+                _check_table(found.table, found.class_names, where=found.root or found.name)
+            return found
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, UsageError) as error:
             raise damaged("not a dataset snapshot", None, str(error).split("\n")[0]) from error
 
@@ -412,6 +428,12 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
     named = name in DATASETS or ":" in name
+    if cached is None and not named and kept_partitions(name, home).is_file():
+        raise DatasetError(
+            f"{name} is kept in partitions, for extraction alone; other commands hold the whole table",
+            code="dataset-partitioned", where=kept_partitions(name, home),
+            fix=f"--dataset folder --name {name} --data-root TABLE, with the table of the images that are wanted",
+        )  # fmt: skip
     if cached is None or (named and name != cached.layout):
         return _load(find_layout(name, home), given, home, ref, survey=survey), "live"
     notes = list[str]()

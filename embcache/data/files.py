@@ -302,7 +302,10 @@ def locate_files(root: Path, paths: Sequence[str], *, sizes: bool = True) -> dic
 
 def file_state(place: str | os.DirEntry[str]) -> FileState:
     """The state of a file now, through links."""
-    state = os.stat(place) if isinstance(place, str) else place.stat()  # noqa: PTH116
+    return _state_of(os.stat(place) if isinstance(place, str) else place.stat())  # noqa: PTH116
+
+
+def _state_of(state: os.stat_result) -> FileState:
     inode = state.st_ino & 0x7FFF_FFFF_FFFF_FFFF  # some file systems number them in more than 63 bits
     return FileState(state.st_size, state.st_mtime_ns, state.st_ctime_ns, inode)
 
@@ -348,6 +351,27 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
                 yield path, look(real) if stat.S_ISREG(os.stat(real).st_mode) else None  # noqa: PTH116
             except (FileNotFoundError, NotADirectoryError):  # absent, or gone since the folder was listed
                 yield path, None
+
+
+def stat_each(root: Path, paths: Iterable[str]) -> Iterator[FileState | None]:
+    """As `stat_files`, file by file: a folder of which a partition names a few files is not listed."""
+    base, real_of = os.path.realpath(root), _real_folders(root)
+    within = base.rstrip(os.sep) + os.sep
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        place = real_of(folder)
+        if place != base and not place.startswith(within):
+            raise refuse_outside(path, where=root)
+        try:
+            found = None if name in ("", ".", "..") or "\\" in name else os.lstat(f"{place}/{name}")
+            if found is None or stat.S_ISLNK(found.st_mode):
+                real = os.path.realpath(root / path)
+                if not is_inside(root, real):
+                    raise refuse_outside(path, where=root)
+                found = os.stat(real)  # noqa: PTH116
+            yield _state_of(found) if stat.S_ISREG(found.st_mode) else None
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
 
 
 def _real_folders(root: Path) -> Callable[[str], str]:

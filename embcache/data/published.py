@@ -207,6 +207,11 @@ def snapshot_path(name: str, home: PathLike | None = None) -> Path:
     return home_dir(home) / slug(name) / "dataset.parquet"
 
 
+def kept_partitions(name: str, home: PathLike | None = None) -> Path:
+    """The file that says of what table the partitions of dataset ``name`` were made."""
+    return home_dir(home) / slug(name) / "partitions.json"
+
+
 def damaged(problem: str, path: Path | None, found: str, code: str = "snapshot-damaged") -> DatasetError:
     """The error for a snapshot that cannot be used."""
     fix = "extract again and name the images: embcache extract --data-root FOLDER …"

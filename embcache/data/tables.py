@@ -36,6 +36,9 @@ SPLIT_NAMES = {  # of folders and in a split column, compared in lower case
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+MOST_TABLE_ROWS = 5_000_000
+"""Of a Parquet table that is held whole, which takes some 2 kB per row."""
+
 MOST_COLUMNS = 10_000
 """A table of more is a matrix of values, not a list of images."""
 
@@ -75,7 +78,10 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         try:
-            table = pq.read_table(path) if rows is None else pq.ParquetFile(path).schema_arrow.empty_table()
+            file = pq.ParquetFile(path)
+            if rows is None and (n := file.metadata.num_rows) > MOST_TABLE_ROWS:
+                raise _too_long(path, n)
+            table = pq.read_table(path) if rows is None else file.schema_arrow.empty_table()
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, "not a Parquet file", error) from error
         header = [str(c) for c in table.column_names]
@@ -134,6 +140,14 @@ def _lacking(path: Path, absent: Sequence[str], required: Sequence[str], table: 
     return DatasetError(
         f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=", ".join(required),
         found=", ".join(map(str, table.columns)), where=path, fix=fix,
+    )  # fmt: skip
+
+
+def _too_long(path: Path, rows: int) -> DatasetError:
+    return DatasetError(
+        f"a table of {rows:,} rows is too long to be held whole", code="table-too-long", where=path,
+        expected=f"at most {MOST_TABLE_ROWS:,} rows; `embcache extract` alone reads more, in partitions",
+        fix="a Parquet table of some of the rows, under the name that extraction shows: --data-root TABLE --name NAME",
     )  # fmt: skip
 
 

@@ -35,16 +35,18 @@ from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
+from embcache.data.partitioned import PartitionedDataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.engines.devices import Crew, DevicesEngine, split_devices
 from embcache.extract.engines.engine import Engine, OwedShards, OwedStore, in_part
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import TICK_NS, DatasetFiles, decode_scan, image_root, plan_store, scan_dataset
+from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, image_root, plan_store, scan_dataset
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
-from embcache.paths import PathLike, home_dir, slug, weights_dir
+from embcache.paths import PathLike, home_text, slug, weights_dir
+from embcache.places import is_url
 from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
 from embcache.store.commit import create_store, store_path, write_snapshot
 from embcache.store.feature_store import FeatureStore
@@ -83,10 +85,16 @@ class Extraction:
     quarantined: Mapping[str, str]  # id → reason, of the whole dataset
     seconds: float
 
+    def joined(self, other: Extraction) -> Extraction:
+        """The extraction of this partition and another one."""
+        counts = ("computed", "cached", "added", "changed", "retried", "left", "undone", "seconds")
+        added = {name: vars(self)[name] + vars(other)[name] for name in counts}
+        return replace(other, quarantined={**self.quarantined, **other.quarantined}, **added)
+
 
 def extract_features(
     backbones: str | Backbone | Sequence[str | Backbone],
-    dataset: ImageDataset | str,
+    dataset: ImageDataset | PartitionedDataset | str,
     *,
     home: PathLike | None = None,
     config: ExtractConfig | None = None,
@@ -99,8 +107,8 @@ def extract_features(
     backbones : str, Backbone, or a sequence of these
         One gives a store, a sequence gives a dict of them by name; images are decoded once for all, or with
         ``decode="reduced"`` once per size that their transforms resize to.
-    dataset : ImageDataset or str
-        From :func:`embcache.load_dataset`, or the name of a cached one.
+    dataset : ImageDataset, PartitionedDataset or str
+        From :func:`embcache.load_dataset` or `embcache.data.partitioned.load_partitioned`, or the name of a cached one.
     home : path-like, optional
         Folder of stores; default ``$EMBCACHE_HOME``, else ``~/.cache/embcache``.
     config : ExtractConfig, optional
@@ -126,7 +134,8 @@ def extract_features(
     StoreError
         The store cannot be read or written.
     """
-    dataset, one = named_dataset(dataset, home), isinstance(backbones, str | Backbone)
+    one = isinstance(backbones, str | Backbone)
+    dataset = named_dataset(dataset, home) if isinstance(dataset, str) else dataset
     chosen = [backbones] if isinstance(backbones, str | Backbone) else list(backbones)
     done = extract(dataset, chosen, ExtractConfig.make(config, options), home=home)
     stores = {extraction.backbone: extraction.store for extraction in done}
@@ -134,7 +143,7 @@ def extract_features(
 
 
 def extract(
-    dataset: ImageDataset,
+    dataset: ImageDataset | PartitionedDataset,
     backbones: Sequence[str | Backbone],
     config: ExtractConfig | None = None,
     *,
@@ -142,6 +151,8 @@ def extract(
     stop: Stop | None = None,
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
+    if isinstance(dataset, PartitionedDataset):
+        return _extract_parts(dataset, backbones, config or ExtractConfig(), home, stop or Stop())
     began, started, config, stop = time.time_ns(), time.monotonic(), config or ExtractConfig(), stop or Stop()
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     workers, ray = config.workers or max(1, default_workers() // len(devices)), config.engine == "ray"
@@ -165,7 +176,8 @@ def extract(
                 for network, each in zip(networks, owed, strict=True)
             ]  # fmt: skip
             _remember(models, networks, dataset, files.folder, home, began)
-    write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+    if dataset.part is None:  # partitions are kept when they are made
+        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
     files.keep()
     shards, threads = OwedShards(owed, dataset, config.part), 0
     stop.complete = not shards.waiting
@@ -178,10 +190,11 @@ def extract(
                 _stage_pixels(networks, owed, dataset, files, config, home=home, stop=stop)
             cached = _cached_pixels(networks, owed, dataset, files)
             job = FeatureJob(
-                dataset.name, len(dataset), tuple(backbones), Traits.of(dataset, files), config.to_json(),
+                dataset.name, len(dataset), dataset.part.digest if dataset.part else "", tuple(backbones),
+                Traits.of(dataset, files), config.to_json(),
                 home=_portable(home), root=str(files.root), threads=threads,
-                stores=tuple((each.store.path, each.runtime) for each in owed),
-                pixels=tuple((key, pixels.store.path, pixels.stale) for key, pixels in cached.items()),
+                stores=tuple((each.store.path.name, each.runtime) for each in owed),
+                pixels=tuple((key, pixels.store.path.name, pixels.stale) for key, pixels in cached.items()),
                 workers=config.workers or threads if ray else workers,
                 here=Here(networks, cached, decoding, quarantine),
             )  # fmt: skip
@@ -219,8 +232,8 @@ def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> E
 
 def _portable(home: PathLike | None) -> str:
     """The home for processes that may have another working folder and environment."""
-    text = str(home or os.environ.get("EMBCACHE_HOME") or home_dir())
-    return text if "://" in text else str(home_dir(text).absolute())
+    text = home_text(home)
+    return text if is_url(text) else str(Path(text).absolute())
 
 
 def _stage_pixels(
@@ -247,7 +260,24 @@ def _stage_pixels(
         )  # fmt: skip
         if stop.requested:
             return
-    files.scan.recall(decode_scan(files.folder / "scan.parquet"))  # digests that decoding learned
+    files.recall()  # digests that decoding learned
+
+
+def _extract_parts(
+    dataset: PartitionedDataset, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None,
+    stop: Stop,
+) -> list[Extraction]:  # fmt: skip
+    """Extract one partition after the other into the same stores; of each only counts and reasons are kept."""
+    sizes = decisive_sizes(dataset, home, Decoding(check_max_pixels(config.max_pixels)))
+    done, seen = list[Extraction](), 0
+    for part in replace(dataset, sizes=sizes).parts():
+        if stop.requested:
+            break
+        stop.complete = False
+        seen += len(part)
+        each = extract(part, backbones, config, home=home, stop=stop)
+        done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
+    return [replace(one, store=FeatureStore(one.store.path), left=one.left + len(dataset) - seen) for one in done]
 
 
 def _open_store(
@@ -270,7 +300,7 @@ def _open_store(
     usual = read_header(path).runtime if path.is_dir() else None
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
     runtime = usual if requested == "auto" else None
-    runtime = runtime or choose_runtime(requested, device, network.precision, len(dataset))
+    runtime = runtime or choose_runtime(requested, device, network.precision, dataset.total)
     if runtime not in ("eager", usual):
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
         see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
@@ -278,7 +308,7 @@ def _open_store(
     canaries = cache(partial(canary_features, network))
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
-        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, len(dataset)),
+        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, dataset.total),
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), runtime=runtime,
         threads=config.cpus_per_worker or _threads(),
         provenance={
@@ -390,6 +420,7 @@ def _summarize(
     owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, threads: int, seconds: float
 ) -> Extraction:
     plan, store = owed.plan, FeatureStore(owed.store.path) if owed.plan.shards else owed.store
+    store = store if dataset.part is None else store.of_part(dataset.part)
     store = store.restrict(dataset.table["id"].tolist())
     name, committed = store.recipe.backbone, set(store.committed())
     left = [shard for shard in plan.shards if shard.number not in committed]

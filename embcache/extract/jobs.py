@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from embcache.extract.pixels import CurrentPixels
 from embcache.extract.quarantine import Quarantine
 from embcache.extract.recipes import Traits, kept_conversion, make_recipe, open_networks
 from embcache.extract.worker import FrozenNetwork
+from embcache.partitions import read_partition
+from embcache.paths import home_dir, slug
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 
@@ -42,14 +44,15 @@ class FeatureJob(ShardJob):
     """The features of images under some backbones. Without ``here`` it is plain data, for other processes."""
 
     dataset: str  # name
-    images: int  # of the dataset
+    images: int  # of the dataset, or of the partition
+    partition: str  # its digest, where they are those of one
     backbones: tuple[str | Backbone, ...]
     traits: Traits
     config: Mapping[str, Any]  # of the extraction, as JSON
     home: str
     root: str  # folder of the images
-    stores: tuple[tuple[Path, str], ...]  # path and runtime, one per backbone
-    pixels: tuple[tuple[str, Path, tuple[str, ...]], ...]  # frame key, path of the store, IDs that are not current
+    stores: tuple[tuple[str, str], ...]  # name and runtime, one per backbone
+    pixels: tuple[tuple[str, str, tuple[str, ...]], ...]  # frame key, name of the store, IDs that are not current
     threads: int  # of torch
     workers: int  # threads that decode
     here: Here | None = None
@@ -61,15 +64,21 @@ class FeatureJob(ShardJob):
         cached = {key: pixels.read for key, pixels in here.pixels.items()}
         with ThreadPoolExecutor(self.workers) as pool:
             compute = partial(_features, Path(self.root), here.networks, pool, cached, here.decoding)
-            stores, runtimes = [FeatureStore(path) for path, _ in self.stores], [runtime for _, runtime in self.stores]
+            stores = [FeatureStore(self._folder / name) for name, _ in self.stores]
+            runtimes = [runtime for _, runtime in self.stores]
             yield Worker(stores, compute, here.quarantine.check, runtimes, self.threads, here.decoding)
+
+    @property
+    def _folder(self) -> Path:
+        """Folder of the stores; of a home in an object store another one on each machine."""
+        return home_dir(self.home) / slug(self.dataset)
 
     def _open(self) -> Here:
         """The same in another process: a network that is not that of its store is refused."""
         config = ExtractConfig.from_json(self.config)
-        networks = open_networks(self.backbones, self.traits, config, self.home)
-        for index, (path, runtime) in enumerate(self.stores):
-            network, store = networks[index], FeatureStore(path)
+        networks = open_networks(self.backbones, replace(self.traits, folder=self._folder), config, self.home)
+        for index, (name, runtime) in enumerate(self.stores):
+            network, store = networks[index], FeatureStore(self._folder / name)
             if differences := make_recipe(network).differences(store.recipe):
                 raise RecipeError(
                     f"the network {store.recipe.backbone} of this worker is not that of the store",
@@ -81,10 +90,12 @@ class FeatureJob(ShardJob):
             check_canaries(store.path, network)
             networks[index] = network.executed_by(runtime, kept_conversion(network, self.home))
         quarantine = Quarantine(self.images, self._ids, Path(self.root), config)
-        pixels = {key: CurrentPixels.open(path, stale) for key, path, stale in self.pixels}
+        pixels = {key: CurrentPixels.open(self._folder / name, stale) for key, name, stale in self.pixels}
         return Here(networks, pixels, Decoding(check_max_pixels(config.max_pixels)), quarantine)
 
     def _ids(self) -> list[str]:
+        if self.partition:
+            return list(read_partition(self._folder, self.partition, ["id"])["id"].to_pylist())
         snapshot = read_snapshot(self.dataset, self.home)
         return [] if snapshot is None else snapshot.table["id"].tolist()
 

@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,25 +26,30 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, fits_now
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import FileState, is_inside, is_object, open_file, stat_files
+from embcache.data.files import FileState, is_inside, is_object, open_file, stat_each, stat_files
 from embcache.data.formats import is_square_of
 from embcache.data.images import DECODER_VERSION, ImageRef, read_image, read_size
+from embcache.data.partitioned import PartitionedDataset, text_array
 from embcache.errors import DatasetNotFoundError, ImageError
+from embcache.extract.part_plan import ABSENT as ABSENT
+from embcache.extract.part_plan import Plan as Plan
+from embcache.extract.part_plan import Shard as Shard
+from embcache.extract.part_plan import plan_part
 from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.io import read_regular
+from embcache.partitions import MOST_ROWS, Part
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
 from embcache.store.commit import publish_plan, write_scan
 from embcache.store.feature_store import FeatureStore, extract_command
 from embcache.store.schema import Digests, PlanEntry, digests_to_bytes
 
-# Size of a file that is not there: such images are planned too, and quarantined with the reason when computed.
-ABSENT = -1
 UNREADABLE = (0, 0)
 """Width and height of an image whose header cannot be read; the next scan tries again, for another decoder may."""
 UNKNOWN = (-1, -1)
@@ -57,7 +62,8 @@ GONE = FileState(ABSENT, 0, 0, 0)
 # A file that was written so shortly before the scan may be written again without another time.
 TICK_NS = 2_000_000_000
 _STATE = list(FileState._fields)
-_SCAN_COLUMNS = ["path", "place", *_STATE, "width", "height", "digest"]
+_SIZE = ["width", "height"]
+_SCAN_COLUMNS = ["path", "place", *_STATE, *_SIZE, "digest"]
 _DECODER = "decoder"  # column of a kept scan: the version that read its headers
 
 
@@ -80,7 +86,7 @@ class Scan:
         """Path and place of each row."""
         return list(self.rows)
 
-    def confirm(self, rows: Sequence[int]) -> None:
+    def confirm(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
         """Read those images whose digest is not known, several at once, for :attr:`digests`."""
         wanted = np.asarray(rows, np.int64)
         unknown: list[int] = wanted[~self.digests[wanted].any(axis=1)].tolist()
@@ -115,13 +121,25 @@ class Scan:
         pairs = zip(known["path"].tolist(), known["place"].tolist(), strict=True)
         rows = np.fromiter((self.rows.get(pair, -1) for pair in pairs), np.int64, len(known))
         known, rows = known[rows >= 0], rows[rows >= 0]
-        equal = known[_STATE].to_numpy() == self.states[rows]
+        digests = digests_to_bytes(known["digest"].tolist())
+        self._take_over(rows, known[_STATE].to_numpy(), known[["width", "height"]].to_numpy(), digests)
+
+    def recall_part(self, known: pa.Table | None) -> None:
+        """As :meth:`recall`, of an earlier scan of the same partition: row by row."""
+        if known is not None and known.num_rows == len(self.states):
+            states, headers = (np.stack([known[name] for name in names], axis=1) for names in (_STATE, _SIZE))
+            digests = np.frombuffer(known["digest"].combine_chunks().buffers()[1], np.uint8).reshape(-1, 32)
+            self._take_over(np.arange(known.num_rows), states, headers, digests)
+
+    def _take_over(
+        self, rows: NDArray[np.int64], states: NDArray[np.int64], headers: NDArray[np.int64], digests: NDArray[np.uint8]
+    ) -> None:
+        equal = states == self.states[rows]
         same, alike = equal.all(axis=1), equal[:, :2].all(axis=1)
-        headers = known[["width", "height"]].to_numpy()
         read = same & (headers[:, 0] > 0)
         self.seen[self.firsts[rows[read]]] = headers[read]
-        learned = same & (known["digest"] != "").to_numpy() & ~self.digests[rows].any(axis=1)
-        self._put(rows[learned].tolist(), known["digest"][learned].tolist())
+        learned = same & digests.any(axis=1) & ~self.digests[rows].any(axis=1)
+        self.digests[rows[learned]] = digests[learned]
         moved = np.zeros_like(self.moved)
         moved[self.firsts[rows[alike & ~same]]] = True
         self.moved[:] |= moved[self.firsts]
@@ -179,7 +197,7 @@ def read_sizes(scan: Scan, pool: Executor) -> set[tuple[int, int]]:
     """
     first = scan.firsts == np.arange(len(scan.firsts))
     unread = np.flatnonzero(first & (scan.seen[:, 0] == UNKNOWN[0]) & (scan.states[:, 0] != ABSENT)).tolist()
-    sizes = {(width, height) for width, height in np.unique(scan.seen, axis=0).tolist() if width > 0}
+    sizes = {(width, height) for width, height in np.unique(scan.seen[first], axis=0).tolist() if width > 0}
     start, count = 0, 16
     # No further size can change the transform once there are two, or one that every transform resizes.
     while start < len(unread) and len(sizes) < 2 and not any(max(size) > _LARGEST_KEPT for size in sizes):
@@ -196,10 +214,21 @@ class DatasetFiles:
     folder: Path  # folder of the dataset's stores
     scan: Scan  # see :func:`scan_images`
     sizes: Collection[tuple[int, int]]  # see `read_sizes`; at least one
+    part: Part | None = None  # where the files are those of one partition
 
     def keep(self) -> None:
         """Write the scan beside the stores, so that the next one reads no header and no unchanged file again."""
-        write_scan(self.folder, encode_scan(self.scan))
+        if self.part is None:
+            write_scan(self.folder, encode_scan(self.scan))
+        else:
+            write_scan(self.folder, encode_part(self.scan), _kept_scan(self.part))
+
+    def recall(self) -> None:
+        """Take over what was kept of unchanged files, here or by other processes."""
+        if self.part is None:
+            self.scan.recall(decode_scan(self.folder / "scan.parquet"))
+        else:
+            self.scan.recall_part(decode_part(self.folder / _kept_scan(self.part)))
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -210,7 +239,7 @@ class DatasetFiles:
         finally:
             if self.scan.digests.any(axis=1).sum() > known:
                 # What other processes kept meanwhile stays, as far as it holds for the files as they were here.
-                self.scan.recall(decode_scan(self.folder / "scan.parquet"))
+                self.recall()
                 self.keep()
 
 
@@ -219,11 +248,31 @@ def scan_dataset(
 ) -> DatasetFiles:
     """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again."""
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
+    if (part := dataset.part) is not None:
+        scan = scan_part(dataset, root, decode_part(folder / _kept_scan(part)), pool, decoding)
+        return DatasetFiles(root, folder, scan, part.sizes or read_sizes(scan, pool), part)
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     sizes = read_sizes(scan, pool)
     if not sizes:
         raise none_readable(dataset, scan)
     return DatasetFiles(root, folder, scan, sizes)
+
+
+def decisive_sizes(
+    dataset: PartitionedDataset, home: PathLike | None, decoding: Decoding | None = None
+) -> tuple[tuple[int, int], ...]:
+    """The distinct sizes of the readable images of all partitions, as far as any transform depends on them."""
+    sizes = set[tuple[int, int]]()
+    with ThreadPoolExecutor(default_workers()) as pool:
+        for part in dataset.parts():
+            files = scan_dataset(part, home, pool, decoding)
+            sizes |= {*files.sizes}
+            files.keep()  # the headers that were read
+            if len(sizes) > 1 or any(max(size) > _LARGEST_KEPT for size in sizes):
+                return tuple(sorted(sizes))
+    if not sizes:
+        raise none_readable(part, files.scan)
+    return tuple(sizes)
 
 
 def image_root(dataset: ImageDataset) -> Path:
@@ -267,15 +316,64 @@ def scan_images(
             states[first[path]] = state or GONE
     except OSError as error:
         raise medium_failed(Path(error.filename or root), error) from error
-    n = len(rows)
-    seen, digests, moved = np.full((n, 2), UNKNOWN), np.zeros((n, 32), np.uint8), np.zeros(n, bool)
-    scan = Scan(root, rows, np.array(firsts), states[firsts], seen, digests, moved, began, decoding or Decoding())
+    scan = Scan(root, rows, np.array(firsts), states[firsts], *_nothing(len(rows)), began, decoding or Decoding())
     scan.recall(known)
+    _read_first(scan, first.items(), pool)
+    return scan
+
+
+def _nothing(n: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
+    """What is known of the headers, digests and unseen changes of n images before anything is looked up."""
+    return np.full((n, 2), UNKNOWN), np.zeros((n, 32), np.uint8), np.zeros(n, bool)
+
+
+def _read_first(scan: Scan, files: Iterable[tuple[str, int]], pool: Executor) -> None:
+    """Read the header of the first file of each suffix, given path and row of each."""
     suffixes: dict[str, int] = {}
-    for path, row in first.items():
-        if states[row, 0] != ABSENT:
+    for path, row in files:
+        if scan.states[row, 0] != ABSENT:
             suffixes.setdefault(path[path.rfind(".") :].lower() if "." in path[-8:] else "", row)
     scan.read([row for row in suffixes.values() if scan.seen[row, 0] == UNKNOWN[0]], pool)
+
+
+class _PartRows(Mapping[tuple[str, str], int]):
+    """Path and place of each row of a partition, and the row of each; no object per image until one is asked for."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self._table = table
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], int]:
+        return dict(zip(self, range(len(self)), strict=True))
+
+    def __getitem__(self, image: tuple[str, str]) -> int:
+        return self._rows[image]
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return zip(self._table["path"].tolist(), self._table["place"].tolist(), strict=True)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def scan_part(
+    dataset: ImageDataset, root: Path, known: pa.Table | None, pool: Executor, decoding: Decoding | None = None
+) -> Scan:
+    """As `scan_images`, of the rows of a partition, in arrays: row k of the scan is row k of the table."""
+    began, coded = time.time_ns(), text_array(dataset.table, "path").dictionary_encode()
+    paths, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64)
+    first = np.zeros(len(paths), np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to be written is the first row
+    states = np.empty((len(paths), len(_STATE)), np.int64)
+    try:
+        for k, state in enumerate(stat_each(root, paths)):
+            states[k] = state or GONE
+    except OSError as error:
+        raise medium_failed(Path(error.filename or root), error) from error
+    rows, firsts = _PartRows(dataset.table), first[codes]
+    scan = Scan(root, rows, firsts, states[codes], *_nothing(len(codes)), began, decoding or Decoding())
+    scan.recall_part(known)
+    _read_first(scan, zip(paths, first.tolist(), strict=True), pool)
     return scan
 
 
@@ -285,13 +383,44 @@ def encode_scan(scan: Scan) -> bytes:
     Width and height are -1 for headers that were not read; a digest is empty if it is not known, or if the file was
     written so shortly before the scan that it could change without another time.
     """
-    settled = scan.states[:, 1:3].max(axis=1) < scan.began_ns - TICK_NS
-    digests = Digests(np.where(settled[:, None], scan.digests, 0))
+    digests = Digests(_settled_digests(scan))
     columns = [*zip(*scan.images, strict=True), *scan.states.T, *scan.seen.T, digests]
     buffer = io.BytesIO()
     table = pd.DataFrame(dict(zip(_SCAN_COLUMNS, columns, strict=True)))
     table.assign(**{_DECODER: DECODER_VERSION}).to_parquet(buffer, index=False)
     return buffer.getvalue()
+
+
+def _settled_digests(scan: Scan) -> NDArray[np.uint8]:
+    settled = scan.states[:, 1:3].max(axis=1, initial=0) < scan.began_ns - TICK_NS
+    return np.where(settled[:, None], scan.digests, np.uint8(0))
+
+
+def encode_part(scan: Scan) -> bytes:
+    """As `encode_scan`, of the rows of a partition, whose paths and places are in the partition."""
+    digests = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(32), len(scan.states), [None, pa.py_buffer(np.ascontiguousarray(_settled_digests(scan)))]
+    )
+    columns = dict(zip([*_STATE, *_SIZE], [*scan.states.T, *scan.seen.T], strict=True))
+    table = pa.table({name: np.ascontiguousarray(values) for name, values in columns.items()} | {"digest": digests})
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({_DECODER: DECODER_VERSION}), buffer)
+    return buffer.getvalue()
+
+
+def decode_part(path: Path) -> pa.Table | None:
+    """The scan of a partition that is kept in a file, or None, as `decode_scan`."""
+    try:
+        table = open_parquet(read_regular(path), most_rows=MOST_ROWS)[1]
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    wanted = pa.schema([*((name, pa.int64()) for name in [*_STATE, *_SIZE]), ("digest", pa.binary(32))])
+    ours = table.schema.equals(wanted) and not any(column.null_count for column in table.columns)
+    return table if ours and (table.schema.metadata or {}).get(_DECODER.encode()) == DECODER_VERSION.encode() else None
+
+
+def _kept_scan(part: Part) -> str:
+    return f"partitions/{part.digest}.scan.parquet"
 
 
 def decode_scan(path: Path) -> pd.DataFrame | None:
@@ -310,25 +439,6 @@ def decode_scan(path: Path) -> pd.DataFrame | None:
     return scan[_SCAN_COLUMNS] if texts and scan["digest"].str.fullmatch("([0-9a-f]{64})?").all() else None
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A fixed run of rows of one store that is planned and not yet committed."""
-
-    number: int
-    ids: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one store owes for one dataset."""
-
-    shards: tuple[Shard, ...]
-    cached: int  # images of the dataset that are committed already
-    added: int  # images that no shard held before this plan
-    changed: int  # images whose bytes changed since they were extracted
-    retried: int = 0  # quarantined images that are owed once more
-
-
 def plan_store(
     store: FeatureStore,
     dataset: ImageDataset,
@@ -343,6 +453,8 @@ def plan_store(
     and the shards are those that would be. With ``retry_quarantined`` quarantined images are owed once more, though
     their files have not changed. So are images that were too large, if the scan's limit on pixels now allows them.
     """
+    if dataset.part is not None:
+        return plan_part(store, dataset, scan, publish=publish, retry_quarantined=retry_quarantined)
     ids, paths, places = (dataset.table[name].tolist() for name in ("id", "path", "place"))
     rows = [scan.rows[image] for image in zip(paths, places, strict=True)]
     # Where the path is the id, one string serves as both.

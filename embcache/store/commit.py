@@ -26,6 +26,7 @@ from embcache.sealed import crc32c, seal
 from embcache.store import reading
 from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_format, plan_rows
 from embcache.store.schema import PlanEntry as PlanEntry
+from embcache.store.schema import PlannedRange as PlannedRange
 from embcache.store.schema import ShardRows as ShardRows
 
 if TYPE_CHECKING:
@@ -133,6 +134,12 @@ def publish_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> bool
         )  # fmt: skip
     path, staging = reading.plan_path(store, number), store / "staging"
     return disk.create_exclusive(path, _sealed_plan(number, entries), staging=staging)
+
+
+def publish_range(store: Path, number: int, planned: PlannedRange) -> bool:
+    """`publish_plan` of a range of rows of a partition; the plan names them and does not list them."""
+    path, staging = reading.plan_path(store, number), store / "staging"
+    return disk.create_exclusive(path, seal({"number": number, **planned.to_json()}, indent=None), staging=staging)
 
 
 def replace_plan(store: Path, number: int, entries: Sequence[PlanEntry]) -> None:
@@ -257,6 +264,8 @@ def refresh_view(store: Path) -> bool:
     store = Path(store)
     if mirror := disk.mirror_of(store):
         mirror.fold(store, reading.committed_numbers(store))
+    if (store.parent / "partitions").is_dir():  # it would hold millions of IDs, and be written for each partition
+        return False
     if view_is_current(store, reading.read_header(store)):
         disk.remove_leftovers(store / "staging", "view-")
         return False
@@ -319,9 +328,9 @@ def write_snapshot(dataset_dir: Path, parquet: bytes) -> None:
     disk.replace_file(Path(dataset_dir) / "dataset.parquet", parquet)
 
 
-def write_scan(dataset_dir: Path, parquet: bytes) -> None:
-    """Write the last scan of a dataset's files, ``scan.parquet``, beside its stores; it only saves work."""
-    disk.keep_file(Path(dataset_dir) / "scan.parquet", parquet)
+def write_scan(dataset_dir: Path, parquet: bytes, name: str = "scan.parquet") -> None:
+    """Write the last scan of a dataset's files, or of a partition's, beside its stores; it only saves work."""
+    disk.keep_file(Path(dataset_dir) / name, parquet)
 
 
 def take_out(store: Path, path: Path, label: str) -> None:

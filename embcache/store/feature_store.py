@@ -21,6 +21,7 @@ from embcache.fields import bare_name
 from embcache.io import mirror_of
 from embcache.mirror import shown_home
 from embcache.notebook import html_table
+from embcache.partitions import Part
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, not_readable, skip, slug
 from embcache.store import reading
 from embcache.store.schema import PlanEntry, Recipe, StoreHeader
@@ -290,6 +291,22 @@ class FeatureStore:
         if "_live" in self.__dict__:
             restricted.__dict__["_live"] = self._live
         return restricted
+
+    def of_part(self, part: Part) -> FeatureStore:
+        """Return the same store showing only the shards that may hold rows of one partition of a dataset.
+
+        ``part`` is that of a dataset that `embcache.data.partitioned.PartitionedDataset.parts` gives. Neither the
+        other shards nor their IDs are read.
+        """
+
+        def look() -> reading.LiveRows:
+            committed = {*reading.committed_numbers(self.path)}
+            numbers = [number for number in reading.numbers_of_part(self.path, part)[1] if number in committed]
+            return reading.read_live(self.path, self._header, numbers)
+
+        shown = FeatureStore(self.path, self.keep)
+        shown.__dict__["_live"] = reading.unless_collected(self.path, look)
+        return shown
 
     def rows_of(self, ids: Iterable[str]) -> np.ndarray:
         """Return the rows of ``features`` that belong to n images, int64 (n,); -1 for an image without one."""

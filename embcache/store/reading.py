@@ -26,6 +26,7 @@ import numpy as np
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, bytes_under, is_folder, list_folder, mirror_of, open_regular, read_regular
 from embcache.mirror import shown_home
+from embcache.partitions import Part
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
 from embcache.store.schema import (
@@ -33,6 +34,7 @@ from embcache.store.schema import (
     FORMATS,
     Digests,
     PlanEntry,
+    PlannedRange,
     Recipe,
     RowIndex,
     StoreHeader,
@@ -169,6 +171,19 @@ def _numbers(names: Iterable[str]) -> list[int]:
 
 def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
     """Read the rows that a shard owes."""
+    planned = read_planned(store, number)
+    if not isinstance(planned, PlannedRange):
+        return planned
+    try:
+        return tuple(planned.entries(store.parent))
+    except (ValueError, StoreError) as error:
+        if isinstance(error, CorruptStoreError):
+            raise
+        raise _not_ours("a plan", error, plan_path(store, number), f"`{repair_command(store)}`") from error
+
+
+def read_planned(store: Path, number: int) -> PlannedRange | tuple[PlanEntry, ...]:
+    """Read the rows that a shard owes as its plan has them: one by one, or a range of a partition."""
     path, fix = plan_path(store, number), f"`{repair_command(store)}`"
     content = unseal(read_file(path, fix), path, fix, indent=None)
     if content.get("number") != number:
@@ -177,7 +192,7 @@ def read_plan(store: Path, number: int) -> tuple[PlanEntry, ...]:
             where=path, fix=fix,
         )  # fmt: skip
     try:
-        return tuple(plan_entries(content["rows"]))
+        return PlannedRange.from_json(content) if "range" in content else tuple(plan_entries(content["rows"]))
     except (KeyError, TypeError, ValueError, StoreError) as error:
         raise _not_ours("a plan", error, path, fix) from error
 
@@ -188,6 +203,30 @@ def store_bytes(store: Path) -> int:
         return bytes_under(store)
     commits = [read_commit(store, number) for number in committed_numbers(store)]
     return sum(size for commit in commits for size, _ in commit.files.values())
+
+
+def numbers_of_part(store: Path, part: Part) -> tuple[int, list[int]]:
+    """The first free number; and those of the plans and shards that may hold rows of a partition, ascending.
+
+    They are its own ranges, lists of IDs, and ranges of partitions that the dataset no longer has.
+    """
+    numbers, others = sorted({*committed_numbers(store), *plan_numbers(store)}), {*part.current} - {part.digest}
+    return max(numbers, default=-1) + 1, [number for number in numbers if range_of(store, number)[0] not in others]
+
+
+def range_of(store: Path, number: int) -> tuple[str, int]:
+    """The partition that a plan is a range of, and its first row; an empty name for a list of IDs, or no plan."""
+    try:
+        state = os.lstat(plan_path(store, number))
+    except OSError:
+        return "", 0  # reading it says why
+    return _known_range(store, number, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1 << 17)  # asked for each partition of a dataset; a plan is never edited
+def _known_range(store: Path, number: int, _: tuple[int, ...]) -> tuple[str, int]:
+    planned = read_planned(store, number)
+    return (planned.partition, planned.start) if isinstance(planned, PlannedRange) else ("", 0)
 
 
 def read_commit(store: Path, number: int) -> CommitRecord:

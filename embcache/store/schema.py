@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module
@@ -17,6 +19,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from embcache.errors import RecipeError, StoreError
+from embcache.partitions import is_partition, partition_rows
 from embcache.sealed import canonical_json
 
 FORM = 2
@@ -310,6 +313,44 @@ def plan_entries(rows: Sequence[Any]) -> list[PlanEntry]:
         for n in range(first, first + count):
             entries.append(PlanEntry(f"{prefix}{n:0{width}d}", size, mtime_ns, digest, str(n)))
     return entries
+
+
+@dataclass(frozen=True)
+class PlannedRange:
+    """Rows of a partition that a shard owes, see `embcache.partitions`."""
+
+    partition: str
+    start: int
+    stop: int
+    states: np.ndarray  # size and modification time of each row's file when planned, int64 (n, 2), as in `PlanEntry`
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written, beside the number of the plan."""
+        states = base64.b64encode(zlib.compress(self.states.astype("<i8").T.tobytes(), 1)).decode("ascii")
+        return {"partition": self.partition, "range": [self.start, self.stop], "states": states}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PlannedRange:
+        """The inverse of :meth:`to_json`; KeyError, TypeError or ValueError where it is not of this form."""
+        start, stop = content["range"]
+        if not is_partition(content["partition"]) or not type(start) is type(stop) is int:
+            raise TypeError(f"a range {content['range']!r} of {content['partition']!r}"[:200])
+        if not 0 <= start < stop <= start + MOST_SHARD_ROWS:
+            raise ValueError(f"rows {start} to {stop}")
+        inflate, size = zlib.decompressobj(), 16 * (stop - start)
+        try:
+            states = inflate.decompress(base64.b64decode(content["states"], validate=True), size)
+        except zlib.error as error:
+            raise ValueError(f"states: {error}") from error
+        if len(states) != size or not inflate.eof:
+            raise ValueError(f"states are not those of {stop - start} rows")
+        return cls(content["partition"], start, stop, np.frombuffer(states, "<i8").reshape(2, -1).T)
+
+    def entries(self, dataset_dir: Path) -> Iterator[PlanEntry]:
+        """The rows one by one; `CorruptStoreError` where the partition cannot be read."""
+        ids, places = partition_rows(dataset_dir, self.partition, self.start, self.stop)
+        for id_, place, (size, mtime_ns) in zip(ids, places, self.states.tolist(), strict=True):
+            yield PlanEntry(id_, size, mtime_ns, None, place)
 
 
 @dataclass(frozen=True)

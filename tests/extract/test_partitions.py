@@ -1,0 +1,277 @@
+"""Extraction in partitions gives what it gives of one table, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import embcache.extract.recipes as run
+import embcache.extract.worker as batching
+from embcache.config import ExtractConfig
+from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.partitioned import PartitionedDataset, load_partitioned
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError
+from embcache.extract.extract import Extraction, extract
+from embcache.extract.scan import scan_dataset
+from embcache.store.feature_store import FeatureStore
+from embcache.store.reading import plan_numbers, plan_path, range_of
+from tests.extract.conftest import draw
+from tests.extract.tiny import load_tiny
+from tests.refusal import refused
+
+ROWS, SHARD = 32, 16
+LONG = [f"{k:03d}" for k in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_backbone", load_tiny)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of 60 images with a table of them."""
+    folder = tmp_path / "images"
+    for name in LONG:
+        draw(folder / f"{name}.png", int(name))
+    write(folder, LONG)
+    return folder
+
+
+def write(root: Path, names: list[str], file: str = "t.parquet") -> None:
+    labels = ["ab"[k % 2] for k in range(len(names))]
+    pd.DataFrame({"path": [f"{n}.png" for n in names], "label": labels, "id": names}).to_parquet(root / file)
+
+
+def load(root: Path, home: Path | None = None) -> PartitionedDataset:
+    return load_partitioned(root / "t.parquet", name="d", rows=ROWS, home=home)
+
+
+def go(dataset: ImageDataset | PartitionedDataset, home: Path | None = None, **more: object) -> Extraction:
+    config = ExtractConfig.make(options={"rows_per_shard": SHARD, "batch_size": 4, **more})
+    return extract(dataset, ["random"], config, home=home)[0]
+
+
+def rows(store: FeatureStore) -> dict[str, bytes]:
+    return {id_: row.tobytes() for id_, row in zip(store.ids.tolist(), store.features[:], strict=True)}
+
+
+def facts(done: Extraction) -> tuple[int, ...]:
+    return done.computed, done.cached, done.added, done.changed, done.left
+
+
+def test_features_shards_and_counts_are_those_of_one_table(root: Path, home: Path, tmp_path: Path) -> None:
+    one = go(load_dataset("folder", root / "t.parquet", name="d"), tmp_path / "one")
+    several = go(load(root))
+    assert facts(several) == facts(one) == (60, 0, 60, 0, 0)
+    assert rows(several.store) == rows(one.store)
+    assert several.store.recipe == one.store.recipe
+    # A partition has whole shards: even the files are equal.
+    for path in sorted((one.store.path / "shards").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (several.store.path / path.relative_to(one.store.path)).read_bytes()
+    assert several.store.sources() == one.store.sources()
+    assert several.store.plans() == one.store.plans()
+    assert facts(go(load(root))) == (0, 60, 0, 0, 0)
+    assert not (home / "d" / "dataset.parquet").exists()
+
+
+def test_plans_are_ranges_of_rows(root: Path, home: Path) -> None:
+    done = go(load(root), rows_per_shard=20)
+    store, path = done.store, done.store.path
+    digests = list(load(root).partitions)
+    found = [range_of(path, number) for number in plan_numbers(path)]
+    # Runs of a few rows are listed.
+    assert found == [(digests[0], 0), ("", 0), (digests[1], 0), ("", 0)]
+    assert b'"rows"' not in plan_path(path, 0).read_bytes()
+    assert [entry.id for entry in store.plans()[2]] == LONG[32:52]
+    state = (root / "040.png").stat()
+    entry = next(each for each in store.plans()[2] if each.id == "040")
+    assert (entry.size, entry.mtime_ns) == (state.st_size, state.st_mtime_ns)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    root: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(load(root, tmp_path / "whole"), tmp_path / "whole")
+    original, calls = batching.compute_shard, []
+
+    def interrupted(*arguments: object, **keywords: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batching, "compute_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(load(root))
+    monkeypatch.setattr(batching, "compute_shard", original)
+    done = go(load(root))
+    assert facts(done)[:2] == (28, 32)
+    for folder in ("shards", "plan"):
+        for path in sorted((whole.store.path / folder).rglob("*")):
+            if path.is_file():
+                assert path.read_bytes() == (done.store.path / path.relative_to(whole.store.path)).read_bytes()
+
+
+def test_a_killed_process_loses_its_shard_alone(root: Path, home: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.extract.tiny_run import install; install()\n"
+        "from tests.extract.test_partitions import load, go; go(load(Path(sys.argv[1])))"
+    )
+    dies = {**os.environ, "TINY_DIES": "1"}
+    assert subprocess.run([sys.executable, "-c", code, str(root)], env=dies).returncode == -9
+    done = go(load(root))
+    assert facts(done)[:2] == (60, 0)
+    assert rows(done.store) == rows(go(load_dataset("folder", root / "t.parquet", name="other")).store)
+
+
+def test_changed_images_alone_are_computed_again(root: Path, home: Path) -> None:
+    before = rows(go(load(root)).store)
+    draw(root / "005.png", 1005)
+    draw(root / "050.png", 1050)
+    os.utime(root / "007.png")  # touched: hashed, and cached
+    done = go(load(root))
+    assert facts(done) == (2, 58, 0, 2, 0)
+    after = rows(done.store)
+    assert {id_ for id_ in after if after[id_] != before[id_]} == {"005", "050"}
+    assert facts(go(load(root))) == (0, 60, 0, 0, 0)
+
+
+def test_a_change_that_size_and_time_do_not_tell_is_found(root: Path, home: Path) -> None:
+    data = {name: (root / f"{name}.png").read_bytes() for name in ("030", "031")}
+    size = max(map(len, data.values()))
+    for name, content in data.items():
+        (root / f"{name}.png").write_bytes(content.ljust(size, b"\0"))
+        os.utime(root / f"{name}.png", ns=(1, 1))
+    before = rows(go(load(root)).store)
+    (root / "030.png").write_bytes(data["031"].ljust(size, b"\0"))
+    os.utime(root / "030.png", ns=(1, 1))
+    done = go(load(root))
+    assert facts(done) == (1, 59, 0, 1, 0)
+    assert rows(done.store)["030"] == before["031"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*LONG, "060", "061"],  # the last partition is another one
+        ["060", *LONG],  # all are
+        LONG[::-1],
+        LONG[10:],
+    ],
+)
+def test_images_that_moved_to_another_partition_are_cached(names: list[str], root: Path, home: Path) -> None:
+    before = rows(go(load(root)).store)
+    for name in ("060", "061"):
+        draw(root / f"{name}.png", int(name))
+    write(root, names)
+    done = go(load(root))
+    new = len(set(names) - set(LONG))
+    assert facts(done) == (new, len(names) - new, new, 0, 0)
+    after = rows(done.store.restrict(names))
+    assert list(after) == names
+    assert {id_: after[id_] for id_ in names if id_ in before} == {id_: before[id_] for id_ in names if id_ in before}
+    assert facts(go(load(root))) == (0, len(names), 0, 0, 0)
+
+
+def test_what_was_planned_for_other_partitions_does_no_harm(
+    root: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is stopped, then the table is cut otherwise: shards of old plans hold images of two partitions."""
+    original = batching.compute_shard
+    monkeypatch.setattr(batching, "compute_shard", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        go(load(root))
+    with pytest.raises(KeyboardInterrupt):  # as a whole table: its shards go over partitions
+        go(load_dataset("folder", root / "t.parquet", name="d"), rows_per_shard=SHARD)
+    monkeypatch.setattr(batching, "compute_shard", original)
+    write(root, LONG[3:])
+    done = go(load(root))
+    assert done.left == 0
+    assert not done.quarantined
+    assert list(rows(done.store.restrict(LONG[3:]))) == LONG[3:]
+    assert facts(go(load(root))) == (0, 57, 0, 0, 0)
+
+
+def test_missing_and_broken_images_are_quarantined_and_tried_again(root: Path, home: Path) -> None:
+    (root / "002.png").write_bytes(b"no image")
+    (root / "040.png").unlink()
+    done = go(load(root), max_bad=1)  # of each partition
+    assert sorted(done.quarantined) == ["002", "040"]
+    assert facts(go(load(root), max_bad=1)) == (0, 60, 0, 0, 0)
+    assert go(load(root), max_bad=1, retry_quarantined=True).retried == 2
+    draw(root / "040.png", 40)
+    done = go(load(root), max_bad=1)
+    assert facts(done) == (1, 59, 0, 1, 0)
+    assert sorted(done.quarantined) == ["002"]
+
+
+def test_sizes_of_all_partitions_settle_the_transform(root: Path, home: Path) -> None:
+    assert go(load(root)).store.recipe.transform["resize"] is None
+    draw(root / "059.png", 59, size=30)  # in the last partition
+    one = go(load_dataset("folder", root / "t.parquet", name="one")).store.recipe
+    other = go(load(root)).store.recipe
+    assert other.transform == one.transform
+    assert other.transform["resize"]
+    for name in LONG:
+        (root / f"{name}.png").write_bytes(b"")
+    with refused(DatasetNotFoundError, "no-readable-image"):
+        go(load(root))
+
+
+def test_a_partition_that_is_lost_is_told_and_written_anew(root: Path, home: Path) -> None:
+    done = go(load(root), rows_per_shard=20)
+    dataset = load(root)
+    (home / "d" / "partitions" / f"{next(iter(dataset.partitions))}.parquet").unlink()
+    with refused(CorruptStoreError, "partition-damaged"):
+        done.store.plans()
+    assert facts(go(load(root))) == (0, 60, 0, 0, 0)
+
+
+def test_one_partition_is_read_without_the_others(root: Path, home: Path) -> None:
+    done = go(load(root), rows_per_shard=ROWS)
+    for part in load(root).parts():
+        assert part.part is not None
+        store = done.store.of_part(part.part)
+        assert store.ids.tolist() == part.table["id"].tolist()
+        x, y, _ = store.arrays(part)
+        assert y.tolist() == part.labels.tolist()
+        assert np.array_equal(x, done.store.restrict(part.table["id"]).features[:])
+
+
+def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 24, 24, 3), np.uint8)
+    for k in range(2):
+        with h5py.File(tmp_path / f"{k}.h5", "w") as file:
+            file["x"] = pixels[15 * k : 15 * k + 15]
+    columns = {"path": [f"{k // 15}.h5" for k in range(30)], "id": [f"i{k}" for k in range(30)]}
+    frame = pd.DataFrame({**columns, "row": [k % 15 for k in range(30)], "label": ["a", "b"] * 15})
+    frame.to_parquet(tmp_path / "t.parquet")
+    dataset = load_partitioned(tmp_path / "t.parquet", rows=20, places="row")
+    done = go(dataset, rows_per_shard=20)
+    assert facts(done)[:2] == (30, 0)
+    assert facts(go(dataset, rows_per_shard=20))[:2] == (0, 30)
+    with h5py.File(tmp_path / "1.h5", "r+") as file:
+        file["x"][3] = 7
+    assert facts(go(dataset, rows_per_shard=20)) == (1, 29, 0, 1, 0)
+
+
+def test_the_processes_of_other_devices_know_that_it_is_a_partition(root: Path, home: Path) -> None:
+    part = next(load(root).parts())
+    again = ImageDataset.from_parquet_bytes(part.to_parquet_bytes())
+    assert again.part == part.part
+    with ThreadPoolExecutor(2) as pool:
+        scans = [scan_dataset(each, home, pool).scan for each in (part, again)]
+    assert np.array_equal(scans[0].states, scans[1].states)
+    object.__setattr__(part, "table", part.table.assign(path=["../x.png"] * len(part)))
+    with refused(DatasetError, "outside-root"):  # anyone may write that it is one
+        ImageDataset.from_parquet_bytes(part.to_parquet_bytes())
