@@ -19,6 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +32,10 @@ from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
 
 SCHEMES = ("s3", "gs", "az", "memory")
-_URL = re.compile(rf"({'|'.join(SCHEMES)}):/+(.*)", re.DOTALL)
+_URL = re.compile(rf"({'|'.join(SCHEMES)}):(?:/+(.*))?", re.DOTALL)
+_BUCKET = re.compile(r"[\w.-]+")
+# The machine's metadata, which is asked for credentials where the environment has none.
+_METADATA = re.compile("/latest/(api/token|meta-data)")
 _CHECKSUM = "crc32c"  # of the metadata that every object of ours has
 # Seconds before an operation is tried again, after the client itself has given up on retries.
 _PAUSES = (0.1, 0.3, 1.0, 3.0, 5.0)
@@ -231,6 +235,13 @@ class ObjectPlace(Place):
             except (BaseError, OSError) as error:
                 if "NoSuchBucket" in str(error):  # to a listing
                     raise self._no_bucket(error) from error
+                if pause is None and _METADATA.search(str(error)):
+                    raise StoreError(
+                        "there are no credentials for the object store", code="place-refused",
+                        found=_first_line(error), where=f"{self.url}/{key}",
+                        fix="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for "
+                        "a public bucket",
+                    ) from error  # fmt: skip
                 if pause is None:
                     raise StoreError(
                         "the object store does not answer as it should", code="place-unavailable",
@@ -269,7 +280,22 @@ def as_url(text: object) -> str:
     match = _URL.fullmatch(str(text))
     if match is None:
         return str(text)
-    return f"{match[1]}://{match[2].strip('/')}"
+    return f"{match[1]}://{(match[2] or '').strip('/')}"
+
+
+def split_url(url: str, *, whole: bool = False) -> tuple[str, str]:
+    """The bucket of a URL, ``s3://bucket``, and the key, which a ``whole`` bucket may lack; `UsageError` for others."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    with suppress(ValueError):
+        if _BUCKET.fullmatch(bucket) and ((whole and not key) or check_key(key)):
+            return f"{scheme}://{bucket}", key
+    raise UsageError(
+        "the address of an object store cannot be used", code="place-address",
+        expected=f"{scheme}://BUCKET/KEY without empty parts, . and .., and without credentials",
+        found=re.sub("//.*@", "//…@", url),
+        fix="check the address; an endpoint is named by AWS_ENDPOINT_URL, and credentials by the environment",
+    )  # fmt: skip
 
 
 @cache
@@ -284,6 +310,11 @@ def open_place(url: str) -> Place:
     if not is_url(url):
         return DiskPlace(Path(url))
     url = as_url(url)
+    if marks := set("?#%") & set(split_url(url, whole=True)[1]):  # which mean other things in URLs
+        raise UsageError(
+            "the address of an object store cannot be used", code="place-address", found=url,
+            expected=f"no {' '.join(sorted(marks))} in it", fix="use another prefix",
+        )  # fmt: skip
     try:
         import obstore.store as stores
     except ImportError as error:

@@ -19,7 +19,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from embcache.errors import DatasetError, first_few
-from embcache.places import Entry, Place, check_key, open_place
+from embcache.places import Entry, Place, open_place, split_url
 
 # What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
@@ -49,7 +49,7 @@ def check_paths(paths: Sequence[str], column: str, *, where: object) -> None:
         return
     for path in paths:
         if is_object(path):
-            split_object(path)
+            split_url(path)
         elif is_absolute(path) or (".." in path and ".." in path.replace("\\", "/").split("/")):
             raise refuse_outside(path, column, where=where)
 
@@ -84,7 +84,6 @@ def refuse_outside(path: str, column: str = "path", *, where: object) -> Dataset
 # Objects
 
 _OBJECTS = ("s3://", "gs://", "az://", "memory://")
-_BUCKET = re.compile(r"[\w.-]+")
 _LOOKED_AT, _LOOKERS = 4000, 16  # keys that a thread looks for at a time, and threads
 _PASSED = 2000  # objects that are not looked for, in a row: beyond them the listing starts again at the next that is
 
@@ -94,36 +93,18 @@ def is_object(path: str) -> bool:
     return path.startswith(_OBJECTS)
 
 
-def split_object(url: str) -> tuple[str, str]:
-    """The place and the key of an object, ``s3://bucket`` and ``folder/image.png``; `DatasetError` if it is none."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, key = rest.partition("/")
-    try:
-        if _BUCKET.fullmatch(bucket) and check_key(key):
-            return f"{scheme}://{bucket}", key
-    except ValueError:
-        pass
-    credentials, at, public = rest.rpartition("@")
-    raise DatasetError(
-        "the address of an image in an object store cannot be used", code="object-address",
-        expected=f"{scheme}://BUCKET/KEY, as it is called there; credentials come from the environment",
-        found=f"{scheme}://…@{public}" if at and credentials else url,
-        fix="write the address without credentials, empty parts, . and ..",
-    )  # fmt: skip
-
-
 def open_file(root: Path, path: str) -> io.BytesIO | io.BufferedReader:
     """A file below ``root``, or an object read whole; FileNotFoundError where there is none."""
     if not is_object(path):
         return (root / path).open("rb")
-    bucket, key = split_object(path)
+    bucket, key = split_url(path)
     return io.BytesIO(open_place(bucket).get(key))
 
 
 def _stat_objects(urls: Iterable[str]) -> Iterator[tuple[str, FileState | None]]:
     """Each object with its state, None where there is none; by listings, which have up to 1,000 objects a request."""
     by_bucket = defaultdict[str, list[str]](list)
-    for bucket, key in map(split_object, urls):
+    for bucket, key in map(split_url, urls):
         by_bucket[bucket].append(key)
     for bucket, keys in by_bucket.items():
         keys.sort()

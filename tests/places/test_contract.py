@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from embcache.errors import StoreError
-from embcache.places import Place, open_place, probe
+from embcache.errors import StoreError, UsageError
+from embcache.places import Place, is_url, open_place, probe
 from tests.places.conftest import Opened
 from tests.places.faults import FaultProxy
 from tests.places.server import PAGE
@@ -230,6 +230,28 @@ def test_a_store_that_ignores_conditions_is_unfit(bucket: str, proxy: FaultProxy
     with refused(StoreError, "place-unfit") as caught:
         probe(open_place(bucket))
     assert bucket in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://", "s3:", "s3://AKIA:hunter2@bucket/x", "s3://bucket:80/x", "s3://bucket/a//b", "gs://bucket/../x",
+     "az://bucket/a?b", "s3://bucket/a%41", "memory://a#b/c"],
+)  # fmt: skip
+def test_addresses_that_mean_other_places_are_refused(url: str) -> None:
+    assert is_url(url)
+    with refused(UsageError, "place-address") as caught:
+        open_place(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_without_credentials(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # of a machine that has a role
+    with refused(StoreError, "place-refused") as caught:
+        open_place(bucket).get("key")
+    assert "AWS_PROFILE" in str(caught.value)
 
 
 @pytest.mark.usefixtures("impatient")

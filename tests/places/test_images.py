@@ -203,7 +203,7 @@ def test_images_within_an_object_are_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_addresses_that_name_no_object_are_refused(address: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(f"path,label\n{address},a\n", "utf-8")
-    with refused(DatasetError, "object-address") as caught:
+    with refused(UsageError, "place-address") as caught:
         load_dataset("folder", tmp_path / "t.csv")
     assert "hunter2" not in str(caught.value)
 
