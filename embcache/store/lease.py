@@ -12,10 +12,14 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embcache import io as disk
 from embcache.errors import StoreError
 from embcache.store.reading import shard_name
+
+if TYPE_CHECKING:
+    from embcache.mirror import Mirror
 
 # Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
 TTL_SECONDS = 60.0
@@ -74,7 +78,7 @@ class Lease:
             with suppress(OSError, StoreError):
                 if _content(self.path) != self._content:
                     return
-                if (mirror := disk.mirror_of(self.path)) is None or not mirror.replace_file(self.path, self._content):
+                if (mirror := _shared(self.path)) is None or not mirror.replace_file(self.path, self._content):
                     disk.touch_file(self.path)
 
 
@@ -94,7 +98,7 @@ def _take_away(path: Path, ttl: float) -> bool:
         return True
     if not (_died_here(content) or _age(path) > ttl):
         return False
-    if disk.mirror_of(path):
+    if _shared(path):
         disk.discard(path)  # two that do so at once compute one shard twice
         return True
     staging = path.parent.parent / "staging"
@@ -131,7 +135,7 @@ def _machine() -> str:
 
 def _age(path: Path) -> float:
     """Seconds since the last heartbeat, by the clock of the filesystem: machines need not agree on the time."""
-    if mirror := disk.mirror_of(path):
+    if mirror := _shared(path):
         return mirror.age(path)
     try:
         beat = path.lstat().st_mtime
@@ -145,8 +149,14 @@ def _age(path: Path) -> float:
     return age
 
 
+def _shared(path: Path) -> Mirror | None:
+    """The mirror of a lease that all machines see; those of what is begun and not finished are this machine's own."""
+    mirror = disk.mirror_of(path)
+    return mirror if mirror and mirror.key(path) else None
+
+
 def _content(path: Path) -> bytes | None:
-    if mirror := disk.mirror_of(path):
+    if mirror := _shared(path):
         return mirror.read(path)
     try:
         return disk.read_regular(path, most=_MOST_BYTES)

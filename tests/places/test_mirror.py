@@ -232,6 +232,18 @@ def test_leases_hold_across_machines_and_end_with_their_holder(
     assert not [key for key in there(store) if key.startswith("leases/")]
 
 
+def test_a_lease_on_what_is_not_finished_is_this_machines_own(machine: Machine) -> None:
+    folder = machine("one") / "ds" / "runs" / ".checkpoints"
+    for name in ("leases", "staging"):
+        (folder / name).mkdir(parents=True)
+    with Lease.acquire(folder, 0) or pytest.fail("not leased") as lease:
+        assert lease.held
+        assert Lease.acquire(folder, 0) is None
+        assert there(folder) == []
+    with Lease.acquire(folder, 0) or pytest.fail("not released"):
+        pass
+
+
 def test_ages_are_told_by_the_clock_of_the_place(machine: Machine) -> None:
     store = make_store(machine("one"))
     with Lease.acquire(store, 0) or pytest.fail("not leased") as lease:
