@@ -146,6 +146,15 @@ def test_lists_are_whole_and_in_order(place: Place) -> None:
     assert [e.key for e in place.list("a/", after="a/09")] == [k for k in keys if k.startswith("a/") and k > "a/09"]
 
 
+def test_a_listing_of_thousands_is_whole() -> None:
+    pytest.importorskip("obstore")
+    place, keys = open_place("memory://thousands"), [f"{n // 7}/{n:05d}" for n in range(2500)]
+    for key in keys:
+        place.put(key, b"")
+    assert [entry.key for entry in place.list()] == sorted(keys)
+    assert [entry.key for entry in place.list(after="3")] == sorted(key for key in keys if key > "3")
+
+
 def test_readers_see_one_value_or_the_other(place: Place) -> None:
     values = [bytes([n]) * 300_000 for n in range(4)]
     place.put("key", values[0])

@@ -224,8 +224,8 @@ def test_objects_are_found_by_few_listings(tmp_path: Path, monkeypatch: pytest.M
         assert all(found[f"{url}/{name}"][0] == len(name.encode()) for name in asked)  # type: ignore[index]
 
 
-def test_states_tell_objects_apart(tmp_path: Path) -> None:
-    place, url = open_place(f"memory://{tmp_path.name}"), f"memory://{tmp_path.name}/key"
+def test_states_tell_objects_apart_that_are_written_in_one_second(bucket: str, tmp_path: Path) -> None:
+    place, url = open_place(bucket), f"{bucket}/key"
 
     def state() -> FileState | None:
         return dict(stat_files(tmp_path, [url]))[url]
