@@ -43,7 +43,7 @@ from embcache.errors import (
 )
 from embcache.io import read_regular
 from embcache.notebook import html_table
-from embcache.partitions import Part
+from embcache.partitions import Partition
 from embcache.paths import PathLike, home_dir, home_folders, skip
 from embcache.sealed import plain, typed, typed_fields
 from embcache.targets import Target, make_target
@@ -112,7 +112,7 @@ class ImageDataset:
         unknown).
     loss : str
         That trained heads minimize; empty for the kind's first.
-    part : Part or None
+    part : Partition or None
         Of the rows of one partition: what they know of the whole (`embcache.data.partitioned`).
 
     Raises
@@ -143,7 +143,7 @@ class ImageDataset:
     kind: str = "classes"
     columns: tuple[str, ...] = ()
     loss: str = ""
-    part: Part | None = None
+    part: Partition | None = None
 
     def __post_init__(self) -> None:
         if self.part is not None:  # its rows were checked when the partition was made

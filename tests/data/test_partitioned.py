@@ -14,7 +14,7 @@ import pytest
 from embcache.config import DatasetRef
 from embcache.data import partitioned, tables
 from embcache.data.dataset import find_dataset, load_dataset
-from embcache.data.partitioned import PartitionedDataset, find_partitioned, load_partitioned
+from embcache.data.partitioned import PartitionedDataset, check_partitions, find_partitioned, load_partitioned
 from embcache.errors import CorruptStoreError, DatasetError
 from embcache.partitions import partition_rows, read_partition
 from tests.refusal import refused
@@ -170,6 +170,24 @@ def test_a_partition_that_is_not_what_its_name_says_is_refused_and_written_anew(
         partition_rows(home / "d", digest, 2, 5)
     assert list(load_partitioned(file, rows=16, name="d").partitions) == list(dataset.partitions)
     assert read_partition(home / "d", digest).equals(before)
+
+
+def test_verify_looks_at_partitions_and_repairs_them(tmp_path: Path, home: Path) -> None:
+    file = write(tmp_path / "t.parquet", table())
+    assert check_partitions(home / "d", None, False) is None
+    digest = list(load_partitioned(file, rows=16, name="d").partitions)[1]
+    whole = {"path": str(home / "d" / "partitions"), "problem": "", "repaired": False}
+    assert check_partitions(home / "d", None, False) == whole
+    _flip(home / "d" / "partitions" / f"{digest}.parquet")
+    found = check_partitions(home / "d", None, False)
+    assert found is not None
+    assert digest in found["problem"]
+    assert check_partitions(home / "d", None, True) == {**whole, "repaired": True}
+    _flip(home / "d" / "partitions" / f"{digest}.parquet")
+    file.unlink()
+    found = check_partitions(home / "d", None, True)
+    assert found is not None
+    assert digest in found["problem"]
 
 
 def test_only_large_tables_are_read_so_and_others_refuse_what_they_cannot_hold(
