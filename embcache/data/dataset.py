@@ -25,7 +25,8 @@ from embcache.data.published import (
     default_root,
     encode_snapshot,
     find_layout,
-    kept_partitions,
+    kept_table,
+    kept_table_path,
     named_columns,
     resolve_root,
     snapshot_path,
@@ -428,12 +429,15 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
     named = name in DATASETS or ":" in name
-    if cached is None and not named and kept_partitions(name, home).is_file():
-        raise DatasetError(
-            f"{name} is kept in partitions, for extraction alone; other commands hold the whole table",
-            code="dataset-partitioned", where=kept_partitions(name, home),
-            fix=f"--dataset folder --name {name} --data-root TABLE, with the table of the images that are wanted",
-        )  # fmt: skip
+    parts = kept_table(name, home) if cached is None and not named else None
+    if parts is not None and root is None and parts.ref.data_root is not None:
+        if parts.places or not parts.ref.data_root.is_file():
+            raise DatasetError(
+                f"{name} is kept in partitions, for extraction alone; other commands hold the whole table",
+                code="dataset-partitioned", where=kept_table_path(name, home), found=str(parts.ref.data_root),
+                fix=f"--dataset folder --name {name} --data-root TABLE, with the table of the images that are wanted",
+            )  # fmt: skip
+        return _load(find_layout("folder"), parts.ref.data_root, home, parts.ref, survey=survey), "live"
     if cached is None or (named and name != cached.layout):
         return _load(find_layout(name, home), given, home, ref, survey=survey), "live"
     notes = list[str]()

@@ -27,9 +27,9 @@ from embcache.data.label_texts import class_order, same_but_for_case
 from embcache.data.published import (
     DATASETS,
     choose_name,
-    damaged,
     find_layout,
-    kept_partitions,
+    kept_table,
+    kept_table_path,
     resolve_root,
     unreadable_as_error,
 )  # fmt: skip
@@ -57,7 +57,7 @@ from embcache.partitions import (
     write_partition,
 )  # fmt: skip
 from embcache.paths import PathLike, home_dir, slug
-from embcache.sealed import read_sealed, seal, typed
+from embcache.sealed import seal
 
 SUFFIXES = (".parquet", ".pq")
 _SAMPLE = 10_000  # rows by which columns are found
@@ -125,16 +125,10 @@ def find_partitioned(
     """The dataset of a table of more than `MOST_ROWS` rows, or of the name of one that is kept; None for others."""
     if name == "folder" and large_tables(ref):
         return load_partitioned(ref.data_root or "", home=home, ref=ref)
-    kept = kept_partitions(name, home)
-    if name in DATASETS or ref.data_root is not None or not kept.is_file():
+    kept = kept_table(name, home) if name not in DATASETS and ref.data_root is None else None
+    if kept is None:
         return None
-    try:
-        known = read_sealed(kept, "extract again with --data-root TABLE")
-        ref, places = DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places")
-        rows = typed(int, known["rows"], "rows")
-    except (KeyError, ValueError, OSError) as error:
-        raise damaged("what is kept of a dataset in partitions cannot be read", kept, str(error)) from error
-    return load_partitioned(ref.data_root or "", home=home, ref=ref, places=places, rows=rows)
+    return load_partitioned(kept.ref.data_root or "", home=home, ref=kept.ref, places=kept.places, rows=kept.rows)
 
 
 def check_partitions(dataset_dir: Path, home: PathLike | None, repair: bool) -> dict[str, Any] | None:
@@ -198,7 +192,7 @@ def load_partitioned(
             )
         _refuse_repeated(folder, list(partitions), np.concatenate(hashes), where=origin)
     known = DatasetRef.make(ref, {"name": name, "data_root": origin}).to_json()
-    keep_file(kept_partitions(name, home), seal({"ref": known, "places": places, "rows": rows}))
+    keep_file(kept_table_path(name, home), seal({"ref": known, "places": places, "rows": rows}))
     notes = [f"{sum(partitions.values()):,} rows are read in {len(partitions):,} partitions", *reader.notes]
     return PartitionedDataset(name, reader.root, origin, class_names, folder, partitions, labels, ref, tuple(notes))
 

@@ -201,12 +201,20 @@ def test_only_large_tables_are_read_so_and_others_refuse_what_they_cannot_hold(
     found = find_partitioned("folder", ref)
     assert found is not None
     assert len(found) == 50
-    # By its name only extraction finds it: it has no snapshot.
     again = find_partitioned(found.name)
     assert again is not None
     assert again.partitions == found.partitions
+    # It has no snapshot: by its name other commands read the table, as far as they can hold it.
+    for name in table()["image"]:
+        (tmp_path / "d" / str(name).strip()).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / str(name).strip()).write_bytes(str(name).encode())
+    assert as_lists(find_dataset(found.name)[0].table) == as_lists(whole(found))
+    write(tmp_path / "e" / "0.parquet", table(30))
+    write(tmp_path / "e" / "1.parquet", table(30, 30))
+    parts = find_partitioned("folder", DatasetRef(data_root=tmp_path / "e"))
+    assert parts is not None
     with refused(DatasetError, "dataset-partitioned"):
-        find_dataset(found.name)
+        find_dataset(parts.name)
     monkeypatch.setattr(tables, "MOST_TABLE_ROWS", 40)
     with refused(DatasetError, "table-too-long"):
         load_dataset("folder", file)
