@@ -75,7 +75,7 @@ def plan_part(
 ) -> Plan:
     """Publish what ``store`` owes for a partition, and return it; row k of the scan is row k of the table."""
     part, (ids, places) = dataset.part, (text_array(dataset.table, name) for name in ("id", "place"))
-    assert part is not None
+    assert part is not None and len(ids) == len(scan.states), "a partition is planned as a whole"  # noqa: PT018
     while True:
         now = reading.unless_collected(store.path, lambda: _look(store, part, ids, scan, retry_quarantined))
         fresh = _fresh(now, scan)

@@ -248,6 +248,16 @@ def test_one_partition_is_read_without_the_others(root: Path, home: Path) -> Non
         assert np.array_equal(x, done.store.restrict(part.table["id"]).features[:])
 
 
+def test_images_may_be_decoded_before_they_are_computed(root: Path, home: Path, tmp_path: Path) -> None:
+    plain = go(load(root, tmp_path / "plain"), tmp_path / "plain")
+    staged = go(load(root), stage="pixels")
+    assert facts(staged) == facts(plain)
+    assert rows(staged.store) == rows(plain.store)
+    assert not (home / "d" / "dataset.parquet").exists()
+    draw(root / "041.png", 1041)
+    assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
+
+
 def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 24, 24, 3), np.uint8)
     for k in range(2):
