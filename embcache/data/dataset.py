@@ -285,7 +285,7 @@ class ImageDataset:
             if ":" in str(meta["metric"]):  # it would be imported
                 raise ValueError(f"a metric called {meta['metric']!r:.40}")
             found = cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta), **of)
-            if found.part is not None:  # a file says so, and not the partition
+            if found.part is not None:  # by a file, whose rows nothing has checked
                 _check_table(found.table, found.class_names, where=found.root or found.name)
             return found
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, UsageError) as error:

@@ -215,6 +215,28 @@ def test_missing_and_broken_images_are_quarantined_and_tried_again(root: Path, h
     assert sorted(done.quarantined) == ["002"]
 
 
+def test_links_are_followed_inside_the_root_and_nowhere_else(root: Path, home: Path, tmp_path: Path) -> None:
+    write(root, [*LONG, "060", "inner/061"])
+    (root / "060.png").symlink_to("000.png")
+    (root / "inner").symlink_to(root)
+    draw(root / "061.png", 61)
+    dataset = load(root)
+    with ThreadPoolExecutor(2) as pool:
+        scan = scan_dataset(list(dataset.parts())[1], home, pool).scan
+    assert scan.states[28, 3] == (root / "000.png").stat().st_ino
+    assert scan.states[29, 3] == (root / "061.png").stat().st_ino
+    draw(tmp_path / "elsewhere" / "060.png", 60)
+    (root / "060.png").unlink()
+    (root / "060.png").symlink_to(tmp_path / "elsewhere" / "060.png")
+    with refused(DatasetError, "outside-root"):
+        go(dataset)
+    (root / "060.png").unlink()
+    (root / "inner").unlink()
+    (root / "inner").symlink_to(tmp_path / "elsewhere")
+    with refused(DatasetError, "outside-root"):
+        go(dataset)
+
+
 def test_sizes_of_all_partitions_settle_the_transform(root: Path, home: Path) -> None:
     assert go(load(root)).store.recipe.transform["resize"] is None
     draw(root / "059.png", 59, size=30)  # in the last partition
