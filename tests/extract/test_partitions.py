@@ -15,13 +15,16 @@ import pytest
 
 import embcache.extract.recipes as run
 import embcache.extract.worker as batching
+import embcache.io as disk
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, load_partitioned
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError
+from embcache.extract.engines.local import Stop
 from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
-from embcache.store.feature_store import FeatureStore
+from embcache.mirror import open_mirror
+from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.reading import plan_numbers, plan_path, range_of
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
@@ -132,6 +135,20 @@ def test_a_killed_process_loses_its_shard_alone(root: Path, home: Path) -> None:
     done = go(load(root))
     assert facts(done)[:2] == (60, 0)
     assert rows(done.store) == rows(go(load_dataset("folder", root / "t.parquet", name="other")).store)
+
+
+def test_a_run_that_is_stopped_says_what_is_left_of_all_partitions(root: Path, home: Path) -> None:
+    class OneShard(Stop):
+        """Requested while the first shard is computed."""
+
+        @property
+        def requested(self) -> bool:
+            return bool(list(home.glob("d/*/shards/*")))
+
+    config = ExtractConfig.make(options={"rows_per_shard": SHARD, "batch_size": 4})
+    done = extract(load(root), ["random"], config, stop=OneShard())[0]
+    assert (done.computed, done.left, done.undone) == (SHARD, 60 - SHARD, 60 - SHARD)
+    assert facts(go(load(root))) == (60 - SHARD, SHARD, 28, 0, 0)
 
 
 def test_changed_images_alone_are_computed_again(root: Path, home: Path) -> None:
@@ -278,6 +295,29 @@ def test_images_may_be_decoded_before_they_are_computed(root: Path, home: Path, 
     assert not (home / "d" / "dataset.parquet").exists()
     draw(root / "041.png", 1041)
     assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
+
+
+def test_a_home_in_an_object_store_is_shared(
+    root: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(disk, "_MIRRORS", {})
+    shared = f"memory://{tmp_path.name}/lab"
+
+    def become(machine: str) -> None:
+        open_mirror.cache_clear()
+        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / machine))
+
+    for machine in ("one", "two"):
+        become(machine)
+        done = extract(load_partitioned(root / "t.parquet", name="d", rows=ROWS, home=shared), ["random"], home=shared)
+        assert facts(done[0])[:2] == ((60, 0) if machine == "one" else (0, 60))
+    become("three")  # which has read no table
+    (found,) = list_stores(shared, "d")
+    assert [entry.id for entries in found.plans().values() for entry in entries] == LONG
+    assert len(list((tmp_path / "three").rglob("partitions/*.parquet"))) == 2
+    assert rows(found) == rows(go(load(root)).store)
+    open_mirror.cache_clear()
 
 
 def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
