@@ -6,7 +6,6 @@ are UTF-8, splits are known. Neither files nor equal images are looked for at lo
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -64,8 +63,7 @@ _SAMPLE = 10_000  # rows by which columns are found
 _BATCH = 1 << 16
 _MOST_LABELS = 10_000
 _MOST_REPEATED = 100_000
-# What `str.strip` strips.
-_BLANKS = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1))))
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all that `str.strip` strips
 
 
 @dataclass(frozen=True, eq=False, repr=False)

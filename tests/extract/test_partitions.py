@@ -17,15 +17,17 @@ import embcache.extract.recipes as run
 import embcache.extract.worker as batching
 import embcache.io as disk
 from embcache.config import ExtractConfig
+from embcache.data import partitioned
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, load_partitioned
-from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
 from embcache.extract.engines.local import Stop
 from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
 from embcache.mirror import open_mirror
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.reading import plan_numbers, plan_path, range_of
+from tests.commands.shell import answer, embcache
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.refusal import refused
@@ -318,6 +320,20 @@ def test_a_home_in_an_object_store_is_shared(
     assert len(list((tmp_path / "three").rglob("partitions/*.parquet"))) == 2
     assert rows(found) == rows(go(load(root)).store)
     open_mirror.cache_clear()
+
+
+def test_the_command_reads_large_tables_in_partitions(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(root / "t.parquet")]
+    monkeypatch.setattr(partitioned, "MOST_ROWS", 30)  # also of a partition
+    (found,) = answer(*words, "--name", "d", "--batch-size", 4)
+    assert (found["dataset"], found["computed"], found["left"]) == ("d", 60, 0)
+    assert len(list((home / "d" / "partitions").glob("*.scan.parquet"))) == 2
+    assert "every image was cached already" in embcache("extract", "--backbone", "random", "--dataset", "d").output
+    assert "no damage" in embcache("verify", "--dataset", "d").output
+    with refused(UsageError, "dry-run-partitioned"):
+        embcache(*words, "--dry-run")
+    (probed,) = answer("probe", "--dataset", "d", "--backbone", "random", "--head", "linear", "--subset", 10)
+    assert probed["n_train"] == 10
 
 
 def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
