@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embcache.errors import CorruptStoreError
-from embcache.io import read_regular, replace_file
+from embcache.io import list_folder, read_regular, replace_file
 from embcache.sealed import canonical_json, open_parquet, parse, typed
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _GROUP_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """What a dataset of one partition's rows knows of the whole."""
 
     digest: str
@@ -112,6 +112,17 @@ def partition_rows(dataset_dir: Path, digest: str, start: int, stop: int) -> tup
 @functools.lru_cache(maxsize=2)  # there are hundreds of plans for each
 def _ids_and_places(path: Path, digest: str, _: tuple[int, ...]) -> pa.Table:
     return read_partition(path.parents[1], digest, ["id", "place"]).combine_chunks()
+
+
+def partitions_problem(dataset_dir: Path) -> str | None:
+    """What is wrong with the partitions of a dataset, empty where nothing is; None for a dataset without."""
+    names = [name for entry in list_folder(dataset_dir / "partitions") if is_partition(name := entry.name[:-8])]
+    for name in names:
+        try:
+            read_partition(dataset_dir, name)
+        except CorruptStoreError as error:
+            return f"{name}: {error.problem}: {error.found}"
+    return "" if names else None
 
 
 def is_partition(digest: object) -> bool:

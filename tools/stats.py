@@ -27,8 +27,8 @@ PROBING = {
 # Bounds that hold already; a measure without one is only printed.
 PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
-    "lines": 40_300,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
-    "files": 151,
+    "lines": 41_400,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
+    "files": 154,
     PROBES: 0,
     "files of more than 600 lines": 0,
     f"functions of more than {MOST_PARAMETERS} parameters": 0,

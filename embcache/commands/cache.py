@@ -166,7 +166,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
         ),
         ("format", f"{store.format}, {size_words(summary.bytes)}"),
         ("path", store.path),
-        ("plain readers", answer.view or "no view yet: embcache extract writes it"),
+        ("plain readers", answer.view or "no view: embcache extract writes it, but not of partitions"),
     ]  # fmt: skip
 
 
@@ -497,14 +497,15 @@ def _check_snapshot(
 ) -> dict[str, Any]:
     """The snapshot of a dataset, which is read where the images are not here; written again with ``repair``."""
     from embcache.data.dataset import read_snapshot
-    from embcache.errors import DatasetError
+    from embcache.data.partitioned import check_partitions
     from embcache.store.commit import write_snapshot
 
-    problem, repaired = "", False
+    repaired = False
+    if row := check_partitions(folder, home, repair):
+        return row
     try:
-        if read_snapshot(folder.name, home) is None:
-            problem = "it is missing"
-    except DatasetError as error:
+        problem = "it is missing" if read_snapshot(folder.name, home) is None else ""
+    except EmbcacheError as error:
         problem = f"{error.problem}: {error.found}"
     if problem and repair and folder.name in loaders:
         try:

@@ -25,7 +25,8 @@ from embcache.data.published import (
     default_root,
     encode_snapshot,
     find_layout,
-    kept_partitions,
+    kept_table,
+    kept_table_path,
     named_columns,
     resolve_root,
     snapshot_path,
@@ -43,7 +44,7 @@ from embcache.errors import (
 )
 from embcache.io import read_regular
 from embcache.notebook import html_table
-from embcache.partitions import Part
+from embcache.partitions import Partition
 from embcache.paths import PathLike, home_dir, home_folders, skip
 from embcache.sealed import plain, typed, typed_fields
 from embcache.targets import Target, make_target
@@ -112,7 +113,7 @@ class ImageDataset:
         unknown).
     loss : str
         That trained heads minimize; empty for the kind's first.
-    part : Part or None
+    part : Partition or None
         Of the rows of one partition: what they know of the whole (`embcache.data.partitioned`).
 
     Raises
@@ -143,7 +144,7 @@ class ImageDataset:
     kind: str = "classes"
     columns: tuple[str, ...] = ()
     loss: str = ""
-    part: Part | None = None
+    part: Partition | None = None
 
     def __post_init__(self) -> None:
         if self.part is not None:  # its rows were checked when the partition was made
@@ -284,7 +285,7 @@ class ImageDataset:
             if ":" in str(meta["metric"]):  # it would be imported
                 raise ValueError(f"a metric called {meta['metric']!r:.40}")
             found = cls(table=table.to_pandas(), class_names=target.names, **typed_fields(cls, meta), **of)
-            if found.part is not None:  # a file says so, and not the partition
+            if found.part is not None:  # by a file, whose rows nothing has checked
                 _check_table(found.table, found.class_names, where=found.root or found.name)
             return found
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, UsageError) as error:
@@ -428,12 +429,15 @@ def _find(name: str, ref: DatasetRef, home: PathLike | None, *, survey: bool = F
             raise
         cached = None  # the files themselves will do, and extraction writes the snapshot anew
     named = name in DATASETS or ":" in name
-    if cached is None and not named and kept_partitions(name, home).is_file():
-        raise DatasetError(
-            f"{name} is kept in partitions, for extraction alone; other commands hold the whole table",
-            code="dataset-partitioned", where=kept_partitions(name, home),
-            fix=f"--dataset folder --name {name} --data-root TABLE, with the table of the images that are wanted",
-        )  # fmt: skip
+    parts = kept_table(name, home) if cached is None and not named else None
+    if parts is not None and root is None and parts.ref.data_root is not None:
+        if parts.places or not parts.ref.data_root.is_file():
+            raise DatasetError(
+                f"{name} is kept in partitions, for extraction alone; other commands hold the whole table",
+                code="dataset-partitioned", where=kept_table_path(name, home), found=str(parts.ref.data_root),
+                fix=f"--dataset folder --name {name} --data-root TABLE, with the table of the images that are wanted",
+            )  # fmt: skip
+        return _load(find_layout("folder"), parts.ref.data_root, home, parts.ref, survey=survey), "live"
     if cached is None or (named and name != cached.layout):
         return _load(find_layout(name, home), given, home, ref, survey=survey), "live"
     notes = list[str]()

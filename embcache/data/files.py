@@ -334,11 +334,14 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
                 yield path, None
 
 
-def stat_each(root: Path, paths: Iterable[str]) -> Iterator[FileState | None]:
+def stat_each(root: Path, paths: Sequence[str]) -> Iterator[FileState | None]:
     """As `stat_files`, file by file: a folder of which a partition names a few files is not listed."""
     base, real_of = os.path.realpath(root), _real_folders(root)
-    within = base.rstrip(os.sep) + os.sep
+    within, objects = base.rstrip(os.sep) + os.sep, dict(_stat_objects(filter(is_object, paths)))
     for path in paths:
+        if path in objects:
+            yield objects[path]
+            continue
         folder, _, name = path.rpartition("/")
         place = real_of(folder)
         if place != base and not place.startswith(within):

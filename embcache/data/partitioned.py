@@ -6,9 +6,9 @@ are UTF-8, splits are known. Neither files nor equal images are looked for at lo
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from embcache.data.label_texts import class_order, same_but_for_case
 from embcache.data.published import (
     DATASETS,
     choose_name,
-    damaged,
     find_layout,
-    kept_partitions,
+    kept_table,
+    kept_table_path,
     resolve_root,
     unreadable_as_error,
 )  # fmt: skip
@@ -44,19 +44,26 @@ from embcache.data.tables import (
     plain_name,
     unify,
 )  # fmt: skip
-from embcache.errors import DatasetError, first_few
+from embcache.errors import DatasetError, EmbcacheError, first_few
 from embcache.io import keep_file
-from embcache.partitions import MOST_ROWS, PARTITION_ROWS, Part, read_partition, text_bytes, write_partition
+from embcache.partitions import (
+    MOST_ROWS,
+    PARTITION_ROWS,
+    Partition,
+    partitions_problem,
+    read_partition,
+    text_bytes,
+    write_partition,
+)  # fmt: skip
 from embcache.paths import PathLike, home_dir, slug
-from embcache.sealed import read_sealed, seal, typed
+from embcache.sealed import seal
 
 SUFFIXES = (".parquet", ".pq")
 _SAMPLE = 10_000  # rows by which columns are found
 _BATCH = 1 << 16
 _MOST_LABELS = 10_000
 _MOST_REPEATED = 100_000
-# What `str.strip` strips.
-_BLANKS = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1))))
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all that `str.strip` strips
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,7 +98,7 @@ class PartitionedDataset:
             yield ImageDataset(
                 self.name, self.root, self.class_names, metric="auc" if len(self.class_names) == 2 else "macro_auc",
                 augment="generic", table=frame, origin=self.origin, ref=self.ref,
-                part=Part(digest, tuple(self.partitions), len(self), self.sizes),
+                part=Partition(digest, tuple(self.partitions), len(self), self.sizes),
             )  # fmt: skip
 
 
@@ -116,15 +123,23 @@ def find_partitioned(
     """The dataset of a table of more than `MOST_ROWS` rows, or of the name of one that is kept; None for others."""
     if name == "folder" and large_tables(ref):
         return load_partitioned(ref.data_root or "", home=home, ref=ref)
-    kept = kept_partitions(name, home)
-    if name in DATASETS or ref.data_root is not None or not kept.is_file():
+    kept = kept_table(name, home) if name not in DATASETS and ref.data_root is None else None
+    if kept is None:
         return None
-    try:
-        known = read_sealed(kept, "extract again with --data-root TABLE")
-        ref, places = DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places")
-    except (KeyError, ValueError, OSError) as error:
-        raise damaged("what is kept of a dataset in partitions cannot be read", kept, str(error)) from error
-    return load_partitioned(ref.data_root or "", home=home, ref=ref, places=places)
+    return load_partitioned(kept.ref.data_root or "", home=home, ref=kept.ref, places=kept.places, rows=kept.rows)
+
+
+def check_partitions(dataset_dir: Path, home: PathLike | None, repair: bool) -> dict[str, Any] | None:
+    """What `embcache verify` says of the partitions of a dataset; None for one without. Repair reads the table anew."""
+    problem = partitions_problem(dataset_dir)
+    repaired = False
+    if problem and repair:
+        with suppress(EmbcacheError):
+            repaired = find_partitioned(dataset_dir.name, home=home) is not None
+        problem = partitions_problem(dataset_dir) if repaired else problem
+    return problem if problem is None else {
+        "path": str(dataset_dir / "partitions"), "problem": problem, "repaired": repaired,
+    }  # fmt: skip
 
 
 def load_partitioned(
@@ -175,7 +190,7 @@ def load_partitioned(
             )
         _refuse_repeated(folder, list(partitions), np.concatenate(hashes), where=origin)
     known = DatasetRef.make(ref, {"name": name, "data_root": origin}).to_json()
-    keep_file(kept_partitions(name, home), seal({"ref": known, "places": places}))
+    keep_file(kept_table_path(name, home), seal({"ref": known, "places": places, "rows": rows}))
     notes = [f"{sum(partitions.values()):,} rows are read in {len(partitions):,} partitions", *reader.notes]
     return PartitionedDataset(name, reader.root, origin, class_names, folder, partitions, labels, ref, tuple(notes))
 

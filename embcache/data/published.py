@@ -21,7 +21,7 @@ from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, firs
 from embcache.io import read_regular
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, slug
 from embcache.registry import Registry
-from embcache.sealed import open_parquet, parse, typed
+from embcache.sealed import open_parquet, parse, read_sealed, typed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -207,9 +207,32 @@ def snapshot_path(name: str, home: PathLike | None = None) -> Path:
     return home_dir(home) / slug(name) / "dataset.parquet"
 
 
-def kept_partitions(name: str, home: PathLike | None = None) -> Path:
-    """The file that says of what table the partitions of dataset ``name`` were made."""
+@dataclass(frozen=True)
+class KeptTable:
+    """Of what table the partitions of a dataset were made, and how; in ``partitions.json`` beside them."""
+
+    ref: DatasetRef
+    places: str
+    rows: int
+
+
+def kept_table_path(name: str, home: PathLike | None = None) -> Path:
+    """The file that keeps it of dataset ``name``."""
     return home_dir(home) / slug(name) / "partitions.json"
+
+
+def kept_table(name: str, home: PathLike | None = None) -> KeptTable | None:
+    """What is kept of the partitions of dataset ``name``; None for a dataset without."""
+    path = kept_table_path(name, home)
+    try:
+        known = read_sealed(path, "embcache extract --data-root TABLE")
+        return KeptTable(
+            DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places"), typed(int, known["rows"], "rows")
+        )
+    except FileNotFoundError:
+        return None
+    except (KeyError, ValueError, OSError, UsageError) as error:
+        raise damaged("what is kept of a dataset in partitions cannot be read", path, str(error)) from error
 
 
 def damaged(problem: str, path: Path | None, found: str, code: str = "snapshot-damaged") -> DatasetError:

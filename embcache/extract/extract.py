@@ -277,7 +277,10 @@ def _extract_parts(
         seen += len(part)
         each = extract(part, backbones, config, home=home, stop=stop)
         done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
-    return [replace(one, store=FeatureStore(one.store.path), left=one.left + len(dataset) - seen) for one in done]
+    rest = len(dataset) - seen
+    return [
+        replace(one, store=FeatureStore(one.store.path), left=one.left + rest, undone=one.undone + rest) for one in done
+    ]
 
 
 def _open_store(

@@ -20,7 +20,7 @@ from embcache.data.budget import fits_now
 from embcache.data.dataset import ImageDataset
 from embcache.data.partitioned import text_array
 from embcache.extract.quarantine import LEFT
-from embcache.partitions import Part
+from embcache.partitions import Partition
 from embcache.store import reading
 from embcache.store.commit import PlanEntry, PlannedRange, publish_plan, publish_range
 from embcache.store.feature_store import FeatureStore
@@ -75,7 +75,7 @@ def plan_part(
 ) -> Plan:
     """Publish what ``store`` owes for a partition, and return it; row k of the scan is row k of the table."""
     part, (ids, places) = dataset.part, (text_array(dataset.table, name) for name in ("id", "place"))
-    assert part is not None
+    assert part is not None and len(ids) == len(scan.states), "a partition is planned as a whole"  # noqa: PT018
     while True:
         now = reading.unless_collected(store.path, lambda: _look(store, part, ids, scan, retry_quarantined))
         fresh = _fresh(now, scan)
@@ -96,7 +96,7 @@ def plan_part(
 
 
 def _publish(
-    store: FeatureStore, number: int, part: Part, ids: pa.Array, places: pa.Array, scan: Scan, rows: Rows
+    store: FeatureStore, number: int, part: Partition, ids: pa.Array, places: pa.Array, scan: Scan, rows: Rows
 ) -> bool:
     start, stop, states = int(rows[0]), int(rows[-1]) + 1, scan.states[rows, :2]
     if len(rows) >= _FEWEST and stop - start == len(rows):
@@ -108,7 +108,7 @@ def _publish(
     )
 
 
-def _look(store: FeatureStore, part: Part, ids: pa.Array, scan: Scan, retry_quarantined: bool) -> _Held:
+def _look(store: FeatureStore, part: Partition, ids: pa.Array, scan: Scan, retry_quarantined: bool) -> _Held:
     """What the store holds of a partition's images now."""
     n, path = len(ids), store.path
     # In this order: `embcache gc` removes plans before shards, and what it removed is not owed.
@@ -150,7 +150,7 @@ class _Owed:
     digests: NDArray[np.uint8]  # (n, 32)
 
     @classmethod
-    def read(cls, path: Path, part: Part, ids: pa.Array, number: int) -> _Owed:
+    def read(cls, path: Path, part: Partition, ids: pa.Array, number: int) -> _Owed:
         planned = reading.read_planned(path, number)
         if isinstance(planned, PlannedRange) and planned.partition == part.digest:
             n = planned.stop - planned.start
@@ -169,7 +169,7 @@ def _states(planned: PlannedRange | Sequence[PlanEntry]) -> Rows:
     return np.array([(entry.size, entry.mtime_ns) for entry in planned], np.int64)
 
 
-def _rows(path: Path, part: Part, ids: pa.Array, live: reading.LiveRows) -> Rows:
+def _rows(path: Path, part: Partition, ids: pa.Array, live: reading.LiveRows) -> Rows:
     """Row of the partition of each live row of a store; -1 for other images."""
     numbers, inverse = np.unique(live.shards, return_inverse=True)
     ranges = [reading.range_of(path, number) for number in numbers.tolist()]

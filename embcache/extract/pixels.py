@@ -91,7 +91,9 @@ def cache_pixels(
     if workers is not None:
         check_number("--workers", workers, 1, 1 << 10)
     framing = frame(transform)
-    wanted = dataset if ids is None else replace(dataset, table=dataset.table[dataset.table["id"].isin(set(ids))])
+    # A partition is planned as a whole.
+    some = dataset.table["id"].isin(set(ids)) if ids is not None and dataset.part is None else None
+    wanted = dataset if some is None else replace(dataset, table=dataset.table[some])
     with ThreadPoolExecutor(workers or default_workers()) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
         row_shape = (*framing.size, 3)
@@ -101,7 +103,8 @@ def cache_pixels(
             provenance={"pillow": PIL.__version__, "embcache": embcache.__version__},
         )  # fmt: skip
         store = FeatureStore(path)
-        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+        if dataset.part is None:
+            write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         plan = plan_store(store, wanted, files.scan)
         files.keep()
         if owed := sum(len(shard.ids) for shard in plan.shards):

@@ -43,7 +43,7 @@ from embcache.extract.part_plan import Shard as Shard
 from embcache.extract.part_plan import plan_part
 from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.io import read_regular
-from embcache.partitions import MOST_ROWS, Part
+from embcache.partitions import MOST_ROWS, Partition
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
 from embcache.store.commit import publish_plan, write_scan
@@ -214,7 +214,7 @@ class DatasetFiles:
     folder: Path  # folder of the dataset's stores
     scan: Scan  # see :func:`scan_images`
     sizes: Collection[tuple[int, int]]  # see `read_sizes`; at least one
-    part: Part | None = None  # where the files are those of one partition
+    part: Partition | None = None  # where the files are those of one partition
 
     def keep(self) -> None:
         """Write the scan beside the stores, so that the next one reads no header and no unchanged file again."""
@@ -419,7 +419,7 @@ def decode_part(path: Path) -> pa.Table | None:
     return table if ours and (table.schema.metadata or {}).get(_DECODER.encode()) == DECODER_VERSION.encode() else None
 
 
-def _kept_scan(part: Part) -> str:
+def _kept_scan(part: Partition) -> str:
     return f"partitions/{part.digest}.scan.parquet"
 
 

@@ -21,7 +21,7 @@ from embcache.fields import bare_name
 from embcache.io import mirror_of
 from embcache.mirror import shown_home
 from embcache.notebook import html_table
-from embcache.partitions import Part
+from embcache.partitions import Partition
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, not_readable, skip, slug
 from embcache.store import reading
 from embcache.store.schema import PlanEntry, Recipe, StoreHeader
@@ -292,7 +292,7 @@ class FeatureStore:
             restricted.__dict__["_live"] = self._live
         return restricted
 
-    def of_part(self, part: Part) -> FeatureStore:
+    def of_part(self, part: Partition) -> FeatureStore:
         """Return the same store showing only the shards that may hold rows of one partition of a dataset.
 
         ``part`` is that of a dataset that `embcache.data.partitioned.PartitionedDataset.parts` gives. Neither the

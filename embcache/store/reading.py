@@ -26,7 +26,7 @@ import numpy as np
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, bytes_under, is_folder, list_folder, mirror_of, open_regular, read_regular
 from embcache.mirror import shown_home
-from embcache.partitions import Part
+from embcache.partitions import Partition
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
 from embcache.store.schema import (
@@ -205,7 +205,7 @@ def store_bytes(store: Path) -> int:
     return sum(size for commit in commits for size, _ in commit.files.values())
 
 
-def numbers_of_part(store: Path, part: Part) -> tuple[int, list[int]]:
+def numbers_of_part(store: Path, part: Partition) -> tuple[int, list[int]]:
     """The first free number; and those of the plans and shards that may hold rows of a partition, ascending.
 
     They are its own ranges, lists of IDs, and ranges of partitions that the dataset no longer has.
@@ -216,10 +216,14 @@ def numbers_of_part(store: Path, part: Part) -> tuple[int, list[int]]:
 
 def range_of(store: Path, number: int) -> tuple[str, int]:
     """The partition that a plan is a range of, and its first row; an empty name for a list of IDs, or no plan."""
+    path = plan_path(store, number)
     try:
-        state = os.lstat(plan_path(store, number))
+        state = os.lstat(path)
     except OSError:
-        return "", 0  # reading it says why
+        mirror = mirror_of(path)
+        if mirror is None or not mirror.fetch(path):
+            return "", 0  # reading it says why
+        state = os.lstat(path)
     return _known_range(store, number, (state.st_ino, state.st_size, state.st_mtime_ns))
 
 

@@ -14,7 +14,7 @@ import pytest
 from embcache.config import DatasetRef
 from embcache.data import partitioned, tables
 from embcache.data.dataset import find_dataset, load_dataset
-from embcache.data.partitioned import PartitionedDataset, find_partitioned, load_partitioned
+from embcache.data.partitioned import PartitionedDataset, check_partitions, find_partitioned, load_partitioned
 from embcache.errors import CorruptStoreError, DatasetError
 from embcache.partitions import partition_rows, read_partition
 from tests.refusal import refused
@@ -172,6 +172,24 @@ def test_a_partition_that_is_not_what_its_name_says_is_refused_and_written_anew(
     assert read_partition(home / "d", digest).equals(before)
 
 
+def test_verify_looks_at_partitions_and_repairs_them(tmp_path: Path, home: Path) -> None:
+    file = write(tmp_path / "t.parquet", table())
+    assert check_partitions(home / "d", None, False) is None
+    digest = list(load_partitioned(file, rows=16, name="d").partitions)[1]
+    whole = {"path": str(home / "d" / "partitions"), "problem": "", "repaired": False}
+    assert check_partitions(home / "d", None, False) == whole
+    _flip(home / "d" / "partitions" / f"{digest}.parquet")
+    found = check_partitions(home / "d", None, False)
+    assert found is not None
+    assert digest in found["problem"]
+    assert check_partitions(home / "d", None, True) == {**whole, "repaired": True}
+    _flip(home / "d" / "partitions" / f"{digest}.parquet")
+    file.unlink()
+    found = check_partitions(home / "d", None, True)
+    assert found is not None
+    assert digest in found["problem"]
+
+
 def test_only_large_tables_are_read_so_and_others_refuse_what_they_cannot_hold(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,12 +201,20 @@ def test_only_large_tables_are_read_so_and_others_refuse_what_they_cannot_hold(
     found = find_partitioned("folder", ref)
     assert found is not None
     assert len(found) == 50
-    # By its name only extraction finds it: it has no snapshot.
     again = find_partitioned(found.name)
     assert again is not None
     assert again.partitions == found.partitions
+    # It has no snapshot: by its name other commands read the table, as far as they can hold it.
+    for name in table()["image"]:
+        (tmp_path / "d" / str(name).strip()).parent.mkdir(exist_ok=True)
+        (tmp_path / "d" / str(name).strip()).write_bytes(str(name).encode())
+    assert as_lists(find_dataset(found.name)[0].table) == as_lists(whole(found))
+    write(tmp_path / "e" / "0.parquet", table(30))
+    write(tmp_path / "e" / "1.parquet", table(30, 30))
+    parts = find_partitioned("folder", DatasetRef(data_root=tmp_path / "e"))
+    assert parts is not None
     with refused(DatasetError, "dataset-partitioned"):
-        find_dataset(found.name)
+        find_dataset(parts.name)
     monkeypatch.setattr(tables, "MOST_TABLE_ROWS", 40)
     with refused(DatasetError, "table-too-long"):
         load_dataset("folder", file)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcache.data.dataset import ImageDataset
@@ -81,6 +81,7 @@ class Side:
         return {id_ for shard in self.plan.shards for id_ in shard.ids} & {*ids}
 
 
+@settings(max_examples=25)
 @given(st.lists(steps, min_size=1, max_size=5))
 def test_a_partition_owes_what_a_table_owes(
     history: list[tuple[list[tuple[str, int, bytes]], bool, str, bool]],

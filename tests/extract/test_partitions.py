@@ -15,14 +15,19 @@ import pytest
 
 import embcache.extract.recipes as run
 import embcache.extract.worker as batching
+import embcache.io as disk
 from embcache.config import ExtractConfig
+from embcache.data import partitioned
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, load_partitioned
-from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
+from embcache.extract.engines.local import Stop
 from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
-from embcache.store.feature_store import FeatureStore
+from embcache.mirror import open_mirror
+from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.reading import plan_numbers, plan_path, range_of
+from tests.commands.shell import answer, embcache
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
 from tests.refusal import refused
@@ -134,6 +139,20 @@ def test_a_killed_process_loses_its_shard_alone(root: Path, home: Path) -> None:
     assert rows(done.store) == rows(go(load_dataset("folder", root / "t.parquet", name="other")).store)
 
 
+def test_a_run_that_is_stopped_says_what_is_left_of_all_partitions(root: Path, home: Path) -> None:
+    class OneShard(Stop):
+        """Requested while the first shard is computed."""
+
+        @property
+        def requested(self) -> bool:
+            return bool(list(home.glob("d/*/shards/*")))
+
+    config = ExtractConfig.make(options={"rows_per_shard": SHARD, "batch_size": 4})
+    done = extract(load(root), ["random"], config, stop=OneShard())[0]
+    assert (done.computed, done.left, done.undone) == (SHARD, 60 - SHARD, 60 - SHARD)
+    assert facts(go(load(root))) == (60 - SHARD, SHARD, 28, 0, 0)
+
+
 def test_changed_images_alone_are_computed_again(root: Path, home: Path) -> None:
     before = rows(go(load(root)).store)
     draw(root / "005.png", 1005)
@@ -215,6 +234,28 @@ def test_missing_and_broken_images_are_quarantined_and_tried_again(root: Path, h
     assert sorted(done.quarantined) == ["002"]
 
 
+def test_links_are_followed_inside_the_root_and_nowhere_else(root: Path, home: Path, tmp_path: Path) -> None:
+    write(root, [*LONG, "060", "inner/061"])
+    (root / "060.png").symlink_to("000.png")
+    (root / "inner").symlink_to(root)
+    draw(root / "061.png", 61)
+    dataset = load(root)
+    with ThreadPoolExecutor(2) as pool:
+        scan = scan_dataset(list(dataset.parts())[1], home, pool).scan
+    assert scan.states[28, 3] == (root / "000.png").stat().st_ino
+    assert scan.states[29, 3] == (root / "061.png").stat().st_ino
+    draw(tmp_path / "elsewhere" / "060.png", 60)
+    (root / "060.png").unlink()
+    (root / "060.png").symlink_to(tmp_path / "elsewhere" / "060.png")
+    with refused(DatasetError, "outside-root"):
+        go(dataset)
+    (root / "060.png").unlink()
+    (root / "inner").unlink()
+    (root / "inner").symlink_to(tmp_path / "elsewhere")
+    with refused(DatasetError, "outside-root"):
+        go(dataset)
+
+
 def test_sizes_of_all_partitions_settle_the_transform(root: Path, home: Path) -> None:
     assert go(load(root)).store.recipe.transform["resize"] is None
     draw(root / "059.png", 59, size=30)  # in the last partition
@@ -246,6 +287,53 @@ def test_one_partition_is_read_without_the_others(root: Path, home: Path) -> Non
         x, y, _ = store.arrays(part)
         assert y.tolist() == part.labels.tolist()
         assert np.array_equal(x, done.store.restrict(part.table["id"]).features[:])
+
+
+def test_images_may_be_decoded_before_they_are_computed(root: Path, home: Path, tmp_path: Path) -> None:
+    plain = go(load(root, tmp_path / "plain"), tmp_path / "plain")
+    staged = go(load(root), stage="pixels")
+    assert facts(staged) == facts(plain)
+    assert rows(staged.store) == rows(plain.store)
+    assert not (home / "d" / "dataset.parquet").exists()
+    draw(root / "041.png", 1041)
+    assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
+
+
+def test_a_home_in_an_object_store_is_shared(
+    root: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(disk, "_MIRRORS", {})
+    shared = f"memory://{tmp_path.name}/lab"
+
+    def become(machine: str) -> None:
+        open_mirror.cache_clear()
+        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / machine))
+
+    for machine in ("one", "two"):
+        become(machine)
+        done = extract(load_partitioned(root / "t.parquet", name="d", rows=ROWS, home=shared), ["random"], home=shared)
+        assert facts(done[0])[:2] == ((60, 0) if machine == "one" else (0, 60))
+    become("three")  # which has read no table
+    (found,) = list_stores(shared, "d")
+    assert [entry.id for entries in found.plans().values() for entry in entries] == LONG
+    assert len(list((tmp_path / "three").rglob("partitions/*.parquet"))) == 2
+    assert rows(found) == rows(go(load(root)).store)
+    open_mirror.cache_clear()
+
+
+def test_the_command_reads_large_tables_in_partitions(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["extract", "--backbone", "random", "--dataset", "folder", "--data-root", str(root / "t.parquet")]
+    monkeypatch.setattr(partitioned, "MOST_ROWS", 30)  # also of a partition
+    (found,) = answer(*words, "--name", "d", "--batch-size", 4)
+    assert (found["dataset"], found["computed"], found["left"]) == ("d", 60, 0)
+    assert len(list((home / "d" / "partitions").glob("*.scan.parquet"))) == 2
+    assert "every image was cached already" in embcache("extract", "--backbone", "random", "--dataset", "d").output
+    assert "no damage" in embcache("verify", "--dataset", "d").output
+    with refused(UsageError, "dry-run-partitioned"):
+        embcache(*words, "--dry-run")
+    (probed,) = answer("probe", "--dataset", "d", "--backbone", "random", "--head", "linear", "--subset", 10)
+    assert probed["n_train"] == 10
 
 
 def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
