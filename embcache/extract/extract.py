@@ -179,7 +179,7 @@ def extract(
             cached = _cached_pixels(networks, owed, dataset, files)
             job = FeatureJob(
                 dataset.name, len(dataset), tuple(backbones), Traits.of(dataset, files), config.to_json(),
-                home=_portable(home), root=str(files.root), threads=threads,
+                home=portable_home(home), root=str(files.root), threads=threads,
                 stores=tuple((each.store.path, each.runtime) for each in owed),
                 pixels=tuple((key, pixels.store.path, pixels.stale) for key, pixels in cached.items()),
                 workers=config.workers or threads if ray else workers,
@@ -217,7 +217,7 @@ def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> E
     return RayEngine(label, stop, config, threads)
 
 
-def _portable(home: PathLike | None) -> str:
+def portable_home(home: PathLike | None) -> str:
     """The home for processes that may have another working folder and environment."""
     text = str(home or os.environ.get("EMBCACHE_HOME") or home_dir())
     return text if "://" in text else str(home_dir(text).absolute())
