@@ -31,6 +31,7 @@ COMMANDS: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "Features": {
         "extract": ("features:extract", "Run frozen backbones once over all images and store the features."),
+        "slurm": ("slurm:slurm", "Print a batch script that extracts on a Slurm cluster."),
         "import": ("features:import_", "Take features made elsewhere as those of a backbone."),
         "rank": ("features:rank", "Rank the cached backbones in seconds, without training."),
         "similarity": ("features:similarity", "Compare the embeddings of cached backbones."),

@@ -5,6 +5,7 @@ A new option is one field. Importing this module imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,32 @@ class ExtractConfig(EngineConfig):
         super().__post_init__()
         if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
             parse_part(f"{self.part[0]}/{self.part[1]}")
+
+
+@dataclass(frozen=True)
+class SlurmConfig(Config):
+    """What a batch script asks of Slurm."""
+
+    heading: ClassVar[str] = "Slurm options"
+
+    jobs: int = option(8, "Jobs of the array; with --engine ray, nodes of the cluster.", least=1, most=1 << 12)
+    cpus: int = option(8, "Cores per job or node.", least=1, most=1 << 12)
+    gpus: int = option(0, "GPUs per job or node.", least=0, most=64)
+    time: str = option(
+        "04:00:00", "Time limit; a job that is stopped continues when it is submitted again.", metavar="TIME"
+    )
+    memory: str | None = option(None, "Memory per job or node. [default: that of the cluster]", metavar="SIZE")
+    partition: str | None = option(None, "Partition. [default: that of the cluster]", metavar="NAME")
+    account: str | None = option(None, "Account. [default: your own]", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not re.fullmatch(r"[\w.:,@+-]+", value):
+                raise UsageError(
+                    f"--{name} cannot stand in a batch script", code="slurm-value", found=repr(value)[:80],
+                    expected="letters, digits and . : , @ + -", where=f"--{name}",
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def extract(
             job = FeatureJob(
                 dataset.name, len(dataset), dataset.part.digest if dataset.part else "", tuple(backbones),
                 Traits.of(dataset, files), config.to_json(),
-                home=_portable(home), root=str(files.root), threads=threads,
+                home=portable_home(home), root=str(files.root), threads=threads,
                 stores=tuple((each.store.path.name, each.runtime) for each in owed),
                 pixels=tuple((key, pixels.store.path.name, pixels.stale) for key, pixels in cached.items()),
                 workers=config.workers or threads if ray else workers,
@@ -230,7 +230,7 @@ def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> E
     return RayEngine(label, stop, config, threads)
 
 
-def _portable(home: PathLike | None) -> str:
+def portable_home(home: PathLike | None) -> str:
     """The home for processes that may have another working folder and environment."""
     text = home_text(home)
     return text if is_url(text) else str(Path(text).absolute())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from embcache.backbones.catalog import load_backbone
-from embcache.config import DatasetRef, ExtractConfig, ProbeConfig, StudyConfig
+from embcache.config import DatasetRef, EngineConfig, ExtractConfig, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.extract import extract
+from embcache.extract.extract import extract, portable_home, ray_connection
 from embcache.fields import Config, parse_weights
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_curves, plot_maps
@@ -105,8 +106,9 @@ def run_study(
     for line in plan_lines(states):
         log.info(line)
     without: dict[str, str] = {}  # backbones whose weights cannot be had, known from the first dataset on
-    for state in states:
-        carry_out(state, without, progress)
+    with ray_connection(config) if any(state.missing for state in states) else nullcontext():
+        for state in states:
+            carry_out(state, without, progress)
     if name in FIGURES:
         table, paths = draw_figure(grid, states, figure)
         return Study(table, tuple(paths), not paths)
@@ -129,10 +131,28 @@ def carry_out(state: DatasetState, without: dict[str, str], progress: Progress |
     if state.ds is None:
         return
     _extract(state, without)
+    trainings = list[Training]()
     for model in state.models:
         subsets = [subset for key, subset in state.missing if key == model]
-        if subsets and model.kind != "features":
-            _train(state, model, subsets, progress)
+        for together in [[subset] for subset in subsets] if model.kind == "finetune" else [subsets]:
+            if together and model.kind != "features":
+                typed = tuple(map(state.typed, model.backbones))
+                home = portable_home(state.home)
+                trainings.append(Training(model, tuple(together), state.config, typed, home, state.read_from))
+    if state.config.engine == "ray" and trainings:
+        from embcache.extract.engines.ray_cluster import spread
+
+        for done, (number, answer) in enumerate(spread([t.run for t in trainings], state.ds, state.config), start=1):
+            training = trainings[number]
+            outcomes = {
+                each: answer if isinstance(answer, EmbcacheError) else answer[each] for each in training.subsets
+            }
+            _settle(state, training, outcomes)
+            if progress is not None:
+                progress(done, len(trainings), state.name)
+        return
+    for training in trainings:
+        _settle(state, training, training.run(state.ds, progress))
 
 
 def _extract(state: DatasetState, without: dict[str, str]) -> None:
@@ -156,7 +176,8 @@ def _extract(state: DatasetState, without: dict[str, str]) -> None:
     if owed and state.live is not None:
         log.info(f"extract   {state.name}: {', '.join(owed)}")
         files = tuple(f"{name}={weights[name]}" for name in owed if name in weights)
-        how = {name: vars(config)[name] for name in ("transform", "device", "workers")}
+        engine = (f.name for f in fields(EngineConfig))
+        how = {name: vars(config)[name] for name in ("transform", "device", "workers", *engine)}
         try:
             extract(state.live, [*map(state.typed, owed)], ExtractConfig(weights=files, **how), home=state.home)
         except UsageError:
@@ -170,36 +191,49 @@ def _extract(state: DatasetState, without: dict[str, str]) -> None:
         state.look_at_runs()
 
 
-def _train(state: DatasetState, model: Model, subsets: Sequence[str], progress: Progress | None) -> None:
-    """Train a model at its missing subsets; where several fail together, one by one: each has its own reason."""
-    assert state.ds is not None
-    if model.kind == "finetune" and len(subsets) > 1:
-        for subset in subsets:
-            _train(state, model, [subset], progress)
-        return
-    try:
-        if model.kind == "finetune":
-            own = finetune_config(state.config, model)
-            where: dict[str, Any] = {"home": state.home, "source": state.read_from, "progress": progress}
-            results = [finetune(state.ds, [*map(state.typed, model.backbones)], subsets[0], own, **where)]
-        else:
-            config = probe_config(state.config, model)
-            results = probe(state.ds, [model.backbones], subsets, config, home=state.home, progress=progress)
-    except EmbcacheError as error:
-        if len(subsets) > 1:
-            for subset in subsets:
-                _train(state, model, [subset], progress)
-            return
-        del state.missing[model, subsets[0]]
-        state.refused[model, subsets[0]] = in_a_line(error)
-        log.warning(f"{model.kind:<8}  {state.name}: {model.label}, {subsets[0]}: {in_a_line(error)}")
-        return
-    for subset, result in zip(subsets, results, strict=True):
+@dataclass(frozen=True)
+class Training:
+    """One model to train at some subsets: all of it plain data, so that any process can."""
+
+    model: Model
+    subsets: tuple[str, ...]
+    config: StudyConfig
+    typed: tuple[str, ...]  # backbones as they are loaded
+    home: PathLike | None
+    source: str  # "live" or "snapshot"
+
+    def run(self, dataset: ImageDataset, progress: Progress | None = None) -> dict[str, Result | EmbcacheError]:
+        """A result, or the reason why there is none, per subset; several that fail together are tried one by one."""
+        try:
+            if self.model.kind == "finetune":
+                own = finetune_config(self.config, self.model)
+                where: dict[str, Any] = {"home": self.home, "source": self.source, "progress": progress}
+                results = [finetune(dataset, [*self.typed], subset, own, **where) for subset in self.subsets]
+            else:
+                config = probe_config(self.config, self.model)
+                sets = [self.model.backbones]
+                results = probe(dataset, sets, self.subsets, config, home=self.home, progress=progress)
+        except EmbcacheError as error:
+            if len(self.subsets) == 1:
+                return {self.subsets[0]: error}
+            alone = [replace(self, subsets=(subset,)).run(dataset, progress) for subset in self.subsets]
+            return {subset: outcome for each in alone for subset, outcome in each.items()}
+        return dict(zip(self.subsets, results, strict=True))
+
+
+def _settle(state: DatasetState, training: Training, outcomes: Mapping[str, Result | EmbcacheError]) -> None:
+    """Keep and log what came of a training; where nothing did, each subset has its reason."""
+    model = training.model
+    for subset, outcome in outcomes.items():
         del state.missing[model, subset]
-        state.results[model, subset] = result
-        reached = "not scored" if result.mean is None else f"{result.mean:.4f}"
+        if isinstance(outcome, EmbcacheError):
+            state.refused[model, subset] = in_a_line(outcome)
+            log.warning(f"{model.kind:<8}  {state.name}: {model.label}, {subset}: {in_a_line(outcome)}")
+            continue
+        state.results[model, subset] = outcome
+        reached = "not scored" if outcome.mean is None else f"{outcome.mean:.4f}"
         log.info(
-            f"{model.kind:<8}  {state.name}: {model.label}, {subset}: {reached} ({result.seconds:.1f} s, {result.id})"
+            f"{model.kind:<8}  {state.name}: {model.label}, {subset}: {reached} ({outcome.seconds:.1f} s, {outcome.id})"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from embcache.errors import EmbcacheError, RecipeError
 from embcache.extract.engines.engine import OwedShards, ShardOutcome
 from embcache.extract.extract import Extraction, extract
 from embcache.log import shown
+from embcache.runs.folders import list_results
 from tests.extract.conftest import draw
 from tests.extract.test_signals import contents
 from tests.refusal import refused
+from tests.study.test_study import made, toy
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = [
@@ -27,6 +31,8 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="nodes are killed as POSIX has it"),
     pytest.mark.filterwarnings("default"),  # those of Ray are not ours
 ]
+
+__all__ = ["toy"]
 
 SLOW = "tests.extract.slow_net:slow"
 SHARDS = 10
@@ -123,6 +129,20 @@ def test_a_worker_with_another_network_is_refused(
     with refused(RecipeError, "worker-recipe") as caught:
         run(dataset, home, engine="ray", address=cluster.address, num_workers=1)
     assert "weights_sha256" in str(caught.value)
+
+
+def test_the_cells_of_a_study_are_spread_and_fail_one_by_one(
+    cluster: Any, toy: ImageDataset, home: Path, tmp_path: Path
+) -> None:
+    subsets = ["S", "M", "70"]  # of the last there are not enough images
+    local = made(subsets=subsets)
+    runs = {result.id: replace(result, seconds=0) for result in list_results(home)}
+    shutil.rmtree(home / "toy" / "runs")
+    spread = made(subsets=subsets, engine="ray", address=cluster.address)
+    assert {result.id: replace(result, seconds=0) for result in list_results(home)} == runs
+    assert len(runs) == 4
+    assert (spread.table.rows, spread.table.notes) == (local.table.rows, local.table.notes)
+    assert "70" in str(spread.table.notes)
 
 
 def test_a_worker_that_no_node_has_room_for(cluster: Any, dataset: ImageDataset, home: Path) -> None:

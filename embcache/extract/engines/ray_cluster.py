@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
@@ -27,7 +29,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without GPUs sees none, without a warning
 try:
     import ray
-    from ray.exceptions import RayActorError, RayError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 except ImportError as error:
     raise UsageError(
         "Ray is not installed", code="no-ray", fix="pip install 'embcache[ray]', or --engine local"
@@ -36,6 +38,7 @@ except ImportError as error:
 _OBJECT_STORE = 100 << 20  # bytes; no features travel through it
 _PATIENCE_SECONDS = 20.0
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -210,12 +213,49 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
+def spread(
+    calls: Sequence[Callable[[S], T]], shared: S, config: EngineConfig
+) -> Iterator[tuple[int, T | EmbcacheError]]:
+    """Number and answer of each call, made as a task of the cluster with what all calls share, as they are done.
+
+    A task whose node is lost is done again on another one: calls keep what they finish, and do nothing twice.
+    """
+    import torch
+
+    threads, gpus = config.cpus_per_worker or torch.get_num_threads(), config.gpus_per_worker or 0
+    task: Any = ray.remote(_call).options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
+    common = ray.put(pickle.dumps(shared))  # bytes: arrays that Ray shares cannot be written to
+    waiting, pending, surroundings = deque(range(len(calls))), dict[Any, int](), Surroundings()
+    while waiting or pending:
+        while waiting and len(pending) < (config.num_workers or len(calls)):
+            number = waiting.popleft()
+            pending[task.remote(calls[number], common, threads, surroundings)] = number
+        done, _ = ray.wait(list(pending), timeout=1.0)
+        for each in done:
+            try:
+                answer, notes = ray.get(each)
+            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+                answer, notes = EmbcacheError(
+                    "the workers of a task were lost again and again", code="task-lost", found=_reason(error),
+                    fix="more memory per worker, or fewer --num-workers; the same command continues",
+                ), []  # fmt: skip
+            _warn(notes)
+            yield pending.pop(each), answer
+
+
+def _call(call: Callable[[S], T], common: bytes, threads: int, surroundings: Surroundings) -> tuple[T, list[str]]:
+    surroundings.enter(threads)
+    notes = list[str]()
+    with shown(notes.append, logging.WARNING):
+        return call(pickle.loads(common)), notes
+
+
 def _warn(notes: Iterable[str]) -> None:
     for note in notes:
         log.warning(note)
 
 
-def _reason(error: RayActorError) -> str:
+def _reason(error: RayError) -> str:
     """The first line of Ray's report that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "because" in line or "died" in line.lower() or "node" in line.lower()]

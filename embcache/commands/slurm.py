@@ -1,0 +1,106 @@
+"""``embcache slurm``: batch scripts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from embcache.commands.options import Skip, check_named, command
+from embcache.commands.output import echo
+from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
+from embcache.errors import UsageError
+from embcache.paths import home_dir
+
+_ARRAY = """\
+# Each job computes its own shards; all write into one home, which must be on a disk that they share.
+export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+# The scheduler's SIGTERM reaches embcache, which commits its shard; submitted again, the job continues from there.
+exec {command} --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+"""
+
+_RAY = """\
+# One Ray node per Slurm node, and a driver beside the first; the home must be on a disk that they share.
+set -euo pipefail
+export OMP_NUM_THREADS={threads} RAY_USAGE_STATS_ENABLED=0
+# Who reaches the ports of a cluster can run programs on it: only processes of this job know the token.
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | sha256sum | cut -c 1-64)
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+on=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK")
+head=$("${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" hostname --ip-address | awk '{{print $1}}')
+address="$head:$((20000 + SLURM_JOB_ID % 20000))"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+"${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \\
+  ray start --head --node-ip-address="$head" --port="${{address##*:}}" --num-cpus="$SLURM_CPUS_PER_TASK" \\
+  --include-dashboard=false --disable-usage-stats --block &
+first=$!
+until (exec 3<>"/dev/tcp/$head/${{address##*:}}") 2>/dev/null; do kill -0 "$first"; sleep 1; done
+others=$((${{#nodes[@]}} - 1))
+if ((others)); then
+  "${{on[@]}}" --nodes="$others" --ntasks="$others" --exclude="${{nodes[0]}}" \\
+    ray start --address="$address" --num-cpus="$SLURM_CPUS_PER_TASK" --disable-usage-stats --block &
+fi
+{command} --address "$address" &
+driver=$!
+# The scheduler's SIGTERM is passed on to embcache, which lets the shards in work be committed.
+trap 'kill -TERM "$driver" 2>/dev/null || true' TERM INT
+status=0
+wait "$driver" || status=$?
+while kill -0 "$driver" 2>/dev/null; do status=0; wait "$driver" || status=$?; done
+exit "$status"
+"""
+
+
+@command()
+def slurm(
+    *,
+    backbone: list[str],
+    dataset: list[str],
+    home: Path | None,
+    slurm: SlurmConfig,
+    ref: Annotated[DatasetRef, Skip("drop_class")],
+    config: Annotated[ExtractConfig, Skip("part", "address")],
+) -> None:
+    """Print a batch script that runs `embcache extract` with these options on a Slurm cluster.
+
+    By default the script is a job array, each job with a part of the shards; with --engine ray it starts a Ray cluster
+    in one job, whose workers share the shards. Submit it again to continue what was stopped.
+
+    Example: embcache slurm --backbone dino --dataset nih --jobs 8 --gpus 1 > extract.sh && sbatch extract.sh
+    """
+    check_named("slurm", backbone=backbone, dataset=dataset)
+    if len(dataset) > 1:
+        raise UsageError(
+            "a batch script is for one dataset", code="one-dataset", found=", ".join(dataset), fix="one script each"
+        )
+    echo(batch_script(backbone, dataset[0], ref, config, slurm, home), nl=False)
+
+
+def batch_script(
+    backbones: list[str], dataset: str, ref: DatasetRef, config: ExtractConfig, slurm: SlurmConfig, home: Path | None
+) -> str:
+    """The text of a batch script for ``sbatch``."""
+    ray = config.engine == "ray"
+    if ray:
+        cores = config.cpus_per_worker or max(1, slurm.cpus // max(slurm.gpus, 1))
+        config = replace(
+            config, cpus_per_worker=cores, gpus_per_worker=config.gpus_per_worker or (1.0 if slurm.gpus else None)
+        )
+    if ref.data_root is not None:
+        ref = replace(ref, data_root=ref.data_root.expanduser().absolute())
+    place = str(home or os.environ.get("EMBCACHE_HOME") or home_dir())
+    words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]
+    words += ["--dataset", dataset, *ref.words(), *config.words()]
+    words += ["--home", place if "://" in place else str(home_dir(place).absolute())]
+    shape: dict[str, object] = {"nodes": slurm.jobs, "ntasks-per-node": 1} if ray else {"array": f"1-{slurm.jobs}"}
+    lines = {
+        "job-name": "embcache", **shape,
+        "cpus-per-task": slurm.cpus, "gres": f"gpu:{slurm.gpus}" if slurm.gpus else None, "time": slurm.time,
+        "mem": slurm.memory, "partition": slurm.partition, "account": slurm.account, "signal": "B:TERM@120",
+    }  # fmt: skip
+    asked = "".join(f"#SBATCH --{name}={value}\n" for name, value in lines.items() if value is not None)
+    body = (_RAY if ray else _ARRAY).format(command=shlex.join(words), threads=config.cpus_per_worker)
+    return f"#!/bin/bash\n{asked}#SBATCH --requeue\n\n{body}"

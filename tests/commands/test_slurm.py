@@ -1,0 +1,138 @@
+"""Batch scripts, run by programs that stand for those of Slurm and do everything on this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embcache.commands.slurm import batch_script
+from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
+from embcache.data.dataset import load_dataset
+from embcache.errors import UsageError
+from embcache.extract.extract import extract
+from embcache.store.feature_store import FeatureStore
+from tests.extract.conftest import images
+from tests.extract.test_signals import contents
+from tests.refusal import refused
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the scripts are for bash")
+__all__ = ["images"]
+
+SLOW = "tests.extract.slow_net:slow"
+
+_SBATCH = """\
+#!/bin/bash
+value() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
+script="$1"
+export SLURM_CPUS_PER_TASK=$(value cpus-per-task) SLURM_JOB_NODELIST="nodes-$(value nodes)"
+array=$(value array)
+if [ -z "$array" ]; then exec bash "$script"; fi
+export SLURM_ARRAY_TASK_COUNT=${array#1-}
+for SLURM_ARRAY_TASK_ID in $(seq "$SLURM_ARRAY_TASK_COUNT"); do
+  export SLURM_ARRAY_TASK_ID; bash "$script" || exit
+done
+"""
+_SRUN = """\
+#!/bin/bash
+for word in "$@"; do case "$word" in --*) echo "srun $word" >> "$SLURM_LOG"; shift;; *) break;; esac; done
+if [ "$*" = "hostname --ip-address" ]; then echo 127.0.0.1; exit; fi
+exec "$@"
+"""
+_SCONTROL = """\
+#!/bin/bash
+[ "$1 $2" = "show hostnames" ] || exit 1
+for i in $(seq "${3//[^0-9]/}"); do echo "node$i"; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment in which these programs are found."""
+    folder, python = tmp_path / "bin", Path(sys.executable).parent
+    folder.mkdir()
+    embcache = f'#!/bin/bash\nexec {sys.executable} -m embcache "$@"\n'
+    for name, text in {"sbatch": _SBATCH, "srun": _SRUN, "scontrol": _SCONTROL, "embcache": embcache}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {
+        **os.environ, "PATH": f"{folder}{os.pathsep}{python}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[2]), "SLURM_JOB_ID": str(random.randrange(20_000)),
+        "SLURM_LOG": str(tmp_path / "srun.log"),
+    }  # fmt: skip
+
+
+def submit(text: str, folder: Path, environment: dict[str, str]) -> str:
+    script = folder / "extract.sh"
+    script.write_text(text)
+    done = subprocess.run(
+        ["sbatch", str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def script(root: Path, home: Path, slurm: SlurmConfig, **options: object) -> str:
+    config = ExtractConfig.make(options={"rows_per_shard": 4, "batch_size": 2, **options})
+    return batch_script([SLOW], "folder", DatasetRef(data_root=root), config, slurm, home)
+
+
+def store_in(home: Path) -> FeatureStore:
+    (path,) = home.glob("*/tests.extract.slow_net*")
+    return FeatureStore(path)
+
+
+def test_an_array_computes_every_part(images: Path, home: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    said = submit(script(images, home, SlurmConfig(jobs=2, cpus=1)), tmp_path, slurm)
+    assert "8 images are still owed" in said  # five shards, three of which are of the second part …
+    assert store_in(home).committed() == (0, 1, 2, 3, 4)
+    assert "error" not in said.lower()
+
+
+@pytest.mark.ray
+def test_a_ray_cluster_of_two_nodes_leaves_the_same_bytes(
+    images: Path, home: Path, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    config = ExtractConfig(rows_per_shard=4, batch_size=2)
+    (whole,) = extract(load_dataset("folder", images), [SLOW], config, home=tmp_path / "local")
+    said = submit(script(images, home, SlurmConfig(jobs=2, cpus=1), engine="ray"), tmp_path, slurm)
+    assert "Ray: room for" in said
+    assert contents(store_in(home).path) == contents(whole.store.path)
+    asked = Path(slurm["SLURM_LOG"]).read_text().split("\n")
+    assert asked.count("srun --nodelist=node1") == 2
+    assert asked.count("srun --exclude=node1") == 1
+
+
+def test_a_script_states_what_was_asked_for_and_quotes_it() -> None:
+    config, ref = ExtractConfig(precision="bf16"), DatasetRef(data_root=Path("/data/my images"))
+    asked = SlurmConfig(jobs=3, cpus=4, gpus=1, memory="32G", partition="gpu", account="lab", time="1-00")
+    text = batch_script(["dino", "random"], "folder", ref, config, asked, Path("/scratch/home"))
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for line in ("array=1-3", "cpus-per-task=4", "gres=gpu:1", "mem=32G", "partition=gpu", "account=lab", "time=1-00"):
+        assert f"#SBATCH --{line}" in lines
+    (command,) = (line for line in lines if line.startswith("exec embcache extract"))
+    assert "--backbone dino --backbone random --dataset folder --data-root '/data/my images'" in command
+    assert "--precision bf16 --home /scratch/home --part" in command
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_workers_of_a_cluster_have_a_gpu_each_and_their_share_of_cores() -> None:
+    config, asked = ExtractConfig(engine="ray"), SlurmConfig(jobs=4, cpus=8, gpus=2)
+    text = batch_script(["dino"], "nih", DatasetRef(), config, asked, Path("/scratch/home"))
+    assert "#SBATCH --nodes=4" in text
+    assert "#SBATCH --array" not in text
+    assert "--engine ray --gpus-per-worker 1.0 --cpus-per-worker 4 --home /scratch/home --address" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("value", ["gpu\n#SBATCH --uid=0", "a b", "$(id)", ""])
+def test_a_value_that_would_change_the_script_is_refused(value: str) -> None:
+    with refused(UsageError, "slurm-value"):
+        SlurmConfig(partition=value)
