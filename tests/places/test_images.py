@@ -183,6 +183,19 @@ def test_sizes_and_pixels_of_every_decoder(tmp_path: Path) -> None:
         assert np.array_equal(there, here)
 
 
+def test_dicom(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from tests.data.test_dicom import dicom
+
+    place, data = open_place(f"memory://{tmp_path.name}"), dicom(np.arange(300, dtype=np.uint16).reshape(15, 20))
+    for name in ("x/1.dcm", "x/IM000001"):  # known by its content too
+        place.put(name, data)
+        (tmp_path / "file.dcm").write_bytes(data)
+        url = f"memory://{tmp_path.name}/{name}"
+        assert read_size(tmp_path, url) == (20, 15)
+        assert np.array_equal(read_image(tmp_path, url)[0], read_image(tmp_path, "file.dcm")[0])
+
+
 def test_a_folder_on_disk_never_stands_for_an_object(tmp_path: Path) -> None:
     draw(tmp_path / "memory:" / "absent" / "a.png", 0)
     url = "memory://absent/a.png"

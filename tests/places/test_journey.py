@@ -78,6 +78,7 @@ def files_of(place_url: str, shard: int) -> dict[str, bytes]:
     return {key.partition(f"{attempt}/")[2]: place.get(key) for key in found}
 
 
+@pytest.mark.slow
 def test_the_whole_journey_of_two_machines(
     bucket: str, toy: list[str], by: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
