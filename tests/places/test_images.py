@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from embcache.config import DatasetRef
@@ -14,12 +15,14 @@ from embcache.data import files
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.data.files import FileState, stat_files
 from embcache.data.images import read_image, read_size
+from embcache.data.partitioned import load_partitioned
 from embcache.errors import DatasetError, EmbcacheError, ImageError, StoreError, UsageError
 from embcache.extract import recipes
 from embcache.extract import scan as scanning
 from embcache.maintain.verify import check_source
 from embcache.places import ObjectPlace, Place, open_place
 from embcache.results.predict import list_images
+from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny, run_extraction
 from tests.places.conftest import RATES
@@ -86,8 +89,11 @@ def load(table: Path, **options: object) -> ImageDataset:
 
 def features(dataset: ImageDataset, home: Path) -> dict[str, np.ndarray]:
     (found,) = run_extraction(["random"], dataset, home=home)
-    rows = np.array(found.store.features)
-    return {id_.rpartition("/")[2]: row for id_, row in zip(found.store.ids.tolist(), rows, strict=True)}
+    return by_name(found.store)
+
+
+def by_name(store: FeatureStore) -> dict[str, np.ndarray]:
+    return {id_.rpartition("/")[2]: row for id_, row in zip(store.ids.tolist(), np.array(store.features), strict=True)}
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -276,3 +282,16 @@ def test_without_obstore(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with refused(EmbcacheError, "cloud-missing"):  # type: ignore[type-abstract]
         read_image(tmp_path, "s3://never-opened/a.png")
+
+
+def test_tables_that_are_kept_in_partitions(local: Path, table: Path, tmp_path: Path, reads: Counter[str]) -> None:
+    home = tmp_path / "home"
+    (tmp_path / "large").mkdir()
+    pd.read_csv(table).to_parquet(tmp_path / "large" / "t.parquet")
+    for _ in range(2):
+        dataset = load_partitioned(tmp_path / "large" / "t.parquet", home=home, rows=4, name="large")
+        reads.clear()
+        found = [run_extraction(["random"], part, home=home)[0] for part in dataset.parts()]
+    assert not reads
+    there = {name: row for each in found for name, row in by_name(each.store).items()}
+    assert equal(there, features(load(local), home))
