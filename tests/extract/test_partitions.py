@@ -24,6 +24,7 @@ from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundErro
 from embcache.extract.engines.local import Stop
 from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
+from embcache.maintain.gc import collect
 from embcache.mirror import open_mirror
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.reading import plan_numbers, plan_path, range_of
@@ -219,6 +220,28 @@ def test_what_was_planned_for_other_partitions_does_no_harm(
     assert not done.quarantined
     assert list(rows(done.store.restrict(LONG[3:]))) == LONG[3:]
     assert facts(go(load(root))) == (0, 57, 0, 0, 0)
+
+
+def test_gc_leaves_every_row_in_use(root: Path, home: Path) -> None:
+    go(load(root))
+    for name in ("001", "002", "033"):
+        draw(root / f"{name}.png", 1000 + int(name))
+    store = go(load(root)).store
+    before = rows(store)
+    assert collect(store.path).superseded == 3
+    after = go(load(root))
+    assert facts(after) == (0, 60, 0, 0, 0)
+    assert rows(after.store) == before
+
+
+def test_parts_of_a_run_together_are_the_whole(root: Path, home: Path, tmp_path: Path) -> None:
+    whole = go(load(root, tmp_path / "whole"), tmp_path / "whole")
+    first = go(load(root), part=(1, 2))
+    assert first.left == 60 - first.computed > 0
+    assert first.undone == 0
+    second = go(load(root), part=(2, 2))
+    assert (first.computed + second.computed, second.left) == (60, 0)
+    assert rows(second.store) == rows(whole.store)
 
 
 def test_missing_and_broken_images_are_quarantined_and_tried_again(root: Path, home: Path) -> None:
