@@ -67,7 +67,7 @@ def slurm(
     """Print a batch script that runs `embcache extract` with these options on a Slurm cluster.
 
     By default the script is a job array, each job with a part of the shards; with --engine ray it starts a Ray cluster
-    in one job, whose workers share the shards. Submit it again to continue what was stopped.
+    in one job, with workers that share the shards. Submit it again to continue what was stopped.
 
     Example: embcache slurm --backbone dino --dataset nih --jobs 8 --gpus 1 > extract.sh && sbatch extract.sh
     """
