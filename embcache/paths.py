@@ -13,6 +13,7 @@ from embcache.errors import EmbcacheError, StoreError, printable
 from embcache.io import PathLike as PathLike
 from embcache.log import log
 from embcache.mirror import home_of, shown_home
+from embcache.places import is_url
 
 
 def home_dir(home: PathLike | None = None) -> Path:
@@ -26,6 +27,12 @@ def home_dir(home: PathLike | None = None) -> Path:
 def home_text(home: PathLike | None = None) -> str:
     """`home_dir` as a user types it."""
     return shown_home(home_dir(home))
+
+
+def portable_home(home: PathLike | None = None) -> str:
+    """The home for processes that may have another working folder and environment."""
+    text = home_text(home)
+    return text if is_url(text) else str(Path(text).absolute())
 
 
 def data_dir() -> Path:

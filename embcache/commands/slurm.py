@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from embcache.commands.options import Skip, check_named, command
 from embcache.commands.output import echo
 from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
 from embcache.errors import UsageError
-from embcache.paths import home_dir
+from embcache.paths import portable_home
 
 _ARRAY = """\
 # Each job computes its own shards; all write into one home, which must be on a disk that they share.
@@ -67,7 +66,7 @@ def slurm(
     """Print a batch script that runs `embcache extract` with these options on a Slurm cluster.
 
     By default the script is a job array, each job with a part of the shards; with --engine ray it starts a Ray cluster
-    in one job, whose workers share the shards. Submit it again to continue what was stopped.
+    in one job, with workers that share the shards. Submit it again to continue what was stopped.
 
     Example: embcache slurm --backbone dino --dataset nih --jobs 8 --gpus 1 > extract.sh && sbatch extract.sh
     """
@@ -91,10 +90,9 @@ def batch_script(
         )
     if ref.data_root is not None:
         ref = replace(ref, data_root=ref.data_root.expanduser().absolute())
-    place = str(home or os.environ.get("EMBCACHE_HOME") or home_dir())
     words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]
     words += ["--dataset", dataset, *ref.words(), *config.words()]
-    words += ["--home", place if "://" in place else str(home_dir(place).absolute())]
+    words += ["--home", portable_home(home)]
     shape: dict[str, object] = {"nodes": slurm.jobs, "ntasks-per-node": 1} if ray else {"array": f"1-{slurm.jobs}"}
     lines = {
         "job-name": "embcache", **shape,

@@ -45,8 +45,7 @@ from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, image_r
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
-from embcache.paths import PathLike, home_text, slug, weights_dir
-from embcache.places import is_url
+from embcache.paths import PathLike, portable_home, slug, weights_dir
 from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
 from embcache.store.commit import create_store, store_path, write_snapshot
 from embcache.store.feature_store import FeatureStore
@@ -228,12 +227,6 @@ def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> E
     from embcache.extract.engines.ray_cluster import RayEngine
 
     return RayEngine(label, stop, config, threads)
-
-
-def portable_home(home: PathLike | None) -> str:
-    """The home for processes that may have another working folder and environment."""
-    text = home_text(home)
-    return text if is_url(text) else str(Path(text).absolute())
 
 
 def _stage_pixels(

@@ -12,14 +12,14 @@ from embcache.backbones.catalog import load_backbone
 from embcache.config import DatasetRef, EngineConfig, ExtractConfig, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.extract import extract, portable_home, ray_connection
+from embcache.extract.extract import extract, ray_connection
 from embcache.fields import Config, parse_weights
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_curves, plot_maps
 from embcache.figures.run_plots import table_curves
 from embcache.finetune.finetune import finetune
 from embcache.log import log
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike, home_dir, portable_home, slug
 from embcache.probe.probe import probe
 from embcache.results.curves import band_words
 from embcache.results.layout import Table, lay_out, score

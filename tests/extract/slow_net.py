@@ -31,5 +31,5 @@ class Slow(nn.Module):
 
 
 def slow() -> Backbone:
-    """The network as a backbone of one's own."""
+    """The network as a backbone of your own."""
     return Backbone.from_module(Slow().eval(), name="slow", dim=DIM)

@@ -155,6 +155,25 @@ def test_an_extraction_from_pixels_equals_one_that_decodes(
     assert any("pixels of 19 images are cached" in line for line in said)
 
 
+def test_pixels_that_are_staged_first_give_the_same_features(
+    images: Path, home: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    spoil(images)
+    ds = load(images)
+    direct = extract_features("random", ds, home=tmp_path / "direct", max_bad=2)
+    assert isinstance(direct, FeatureStore)
+    decoded.clear()
+    (done,) = run_extraction(["random"], ds, stage="pixels", max_bad=2)
+    assert shard_files(done.store) == shard_files(direct)
+    assert sorted(decoded) == sorted(
+        [*ds.table["path"], "benign/01.png", "benign/03.png"]
+    )  # once, unreadable ones again
+    assert done.quarantined == dict(direct.quarantined)
+    decoded.clear()
+    (again,) = run_extraction(["random"], ds, stage="pixels", max_bad=2)
+    assert (again.computed, decoded) == (0, [])
+
+
 def test_a_changed_image_is_not_served_from_its_old_pixels(
     images: Path, home: Path, tmp_path: Path, decoded: list[str]
 ) -> None:

@@ -156,7 +156,7 @@ class RayPool(WorkerPool):
         self._started = 0
 
     def room(self) -> int:
-        """Actors that the nodes have resources for, whoever uses these now."""
+        """Actors that the nodes have resources for, in use or not."""
         return sum(
             int(min(node.get("CPU", 0) / self._threads, node.get("GPU", 0) / self._gpus if self._gpus else 1 << 16))
             for node in _nodes()
