@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embcache.backbones.catalog import LoadedBackbone, find_backbone, load_backbone
 from embcache.backbones.transforms import Transform, choose_transform, normalize
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import is_object
+from embcache.data.files import is_object, state_now
 from embcache.data.images import read_image
 from embcache.errors import UsageError
 from embcache.figures.shown import Shown, check_dataset, fold_heads, own_protocol, shown_images
@@ -237,9 +237,9 @@ def image_attention(
 ) -> ClassAttention:  # fmt: skip
     """Attention of the last block's class token to the patches of one image file, or object."""
     path, url = Path(image).expanduser(), as_url(image)
-    if not is_object(url) and not path.is_file():
+    if not (state_now(path, url) if is_object(url) else path.is_file()):
         raise UsageError("the image does not exist", code="image-not-found", expected="an image file",
-                         found=str(image), fix="--image FILE")  # fmt: skip
+                         found=url, fix="--image FILE")  # fmt: skip
     pixels, _ = read_image("", url) if is_object(url) else read_image(path.resolve().parent, path.name)
     chosen = choose_transform(find_backbone(backbone, home=home), transform, {(pixels.shape[1], pixels.shape[0])})
     loaded = load_backbone(backbone, weights=weights, home=home, image_size=chosen.size)
