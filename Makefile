@@ -49,6 +49,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/reading.py
 	$(BIN)/python benchmarks/shards.py
 	$(BIN)/python benchmarks/extraction.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/runtimes.py
 	$(BIN)/python benchmarks/peers.py

@@ -3,7 +3,7 @@
 Compares every byte of the shards, and the processor seconds of those who compute, from the moment at which all networks
 are loaded to the last commit. What starting Ray takes is printed beside it: it does not grow with the images.
 
-    OMP_NUM_THREADS=1 python benchmarks/engines.py --data-root FOLDER [--backbone random] [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/engines.py [--dataset NAME --data-root FOLDER] [--backbone random] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def one(asked: argparse.Namespace) -> None:
             cost["cpu"], cost["wall"] = time.process_time() - before, time.monotonic() - moment
 
         LocalEngine._run = timed  # type: ignore[method-assign, assignment]
-    dataset = load_dataset(asked.dataset, ref=DatasetRef(data_root=asked.data_root))
+    dataset = load_dataset(asked.dataset, home=asked.home, ref=DatasetRef(data_root=asked.data_root))
     started = time.monotonic()
     (done,) = extract(dataset, [asked.backbone], ExtractConfig.make(options=options), home=asked.home)
     cost["start"] = time.monotonic() - started - cost["wall"]
@@ -89,8 +89,8 @@ def shards(store: str) -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="pneumonia")
-    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--dataset", default="sample")
+    parser.add_argument("--data-root", type=Path)
     parser.add_argument("--backbone", default="random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", choices=MODES, help=argparse.SUPPRESS)

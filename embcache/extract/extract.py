@@ -401,11 +401,16 @@ def _configs_of_others(
 ) -> list[ExtractConfig]:
     """The configs of the processes of further devices."""
     unnamed = [backbone.name for backbone in backbones if isinstance(backbone, Backbone)]
-    if unnamed and len(devices) > 1:
+    if len(devices) > 1 and config.engine == "ray":
         raise UsageError(
-            "a backbone that is an object exists in one process only, and several devices need one each",
+            "a worker of Ray has one device", code="device-list", expected="auto", found=config.device,
+            fix=f"--num-workers {len(devices)} --gpus-per-worker 1",
+        )  # fmt: skip
+    if unnamed and (len(devices) > 1 or config.engine == "ray"):
+        raise UsageError(
+            "a backbone that is an object exists in one process only, and each device or worker needs one",
             code="backbone-in-process", found=", ".join(unnamed), expected="package.module:function",
-            fix="--device cuda:0",
+            fix="--engine local" if config.engine == "ray" else "--device cuda:0",
         )  # fmt: skip
     # This process has planned the retries: another plan would compute an image twice that is still unreadable.
     alike = replace(config, workers=threads, retry_quarantined=False, stage=None)

@@ -16,10 +16,12 @@ from embcache.extract.engines import dispatch
 from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
 from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, ShardOutcome
 from embcache.extract.engines.local import Stop
+from embcache.extract.extract import extract
 from embcache.extract.scan import Plan, Shard
 from embcache.log import shown
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
+from tests.extract.slow_net import slow
 from tests.refusal import refused
 from tests.store.build import add, make_store
 
@@ -201,6 +203,16 @@ def test_a_stop_lets_what_is_handed_out_end_and_hands_out_no_more(owed: OwedShar
     pool = Paper(owed.stores[0].path, script={1: ["stop"]}, stop=Stop())
     computed, _ = carry_out(pool, owed)
     assert 1 <= len(computed) == len(pool.given) <= 2
+
+
+def test_a_worker_has_one_device_and_builds_its_networks_by_name(tmp_path: Path) -> None:
+    draw(tmp_path / "images" / "a" / "0.png", 0)
+    draw(tmp_path / "images" / "b" / "1.png", 1)
+    dataset = load_dataset("folder", tmp_path / "images")
+    with refused(EmbcacheError, "device-list"):
+        extract(dataset, ["random"], ExtractConfig(engine="ray", device="cpu,cpu"), home=tmp_path / "home")
+    with refused(EmbcacheError, "backbone-in-process"):
+        extract(dataset, [slow()], ExtractConfig(engine="ray"), home=tmp_path / "home")
 
 
 def test_options_of_ray_need_ray() -> None:

@@ -12,6 +12,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,12 +30,20 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without GPUs sees none, without a warning
 try:
     import ray
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
+    from ray.exceptions import (
+        NodeDiedError,
+        OutOfMemoryError,
+        RayActorError,
+        RayError,
+        RayTaskError,
+        WorkerCrashedError,
+    )
 except ImportError as error:
     raise UsageError(
         "Ray is not installed", code="no-ray", fix="pip install 'embcache[ray]', or --engine local"
     ) from error
 
+_LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _OBJECT_STORE = 100 << 20  # bytes; no features travel through it
 _PATIENCE_SECONDS = 20.0
 
@@ -176,15 +185,20 @@ class RayPool(WorkerPool):
 
     def wait(self, seconds: float) -> Sequence[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]:
         """Answers of actors, and losses."""
-        done, _ = ray.wait(list(self._pending), timeout=seconds) if self._pending else ([], [])
+        if not self._pending:  # what is left is with other processes
+            time.sleep(seconds)
+            return []
+        done, _ = ray.wait(list(self._pending), timeout=seconds)
         answers = list[tuple[int, Ready | ShardOutcome | Lost | EmbcacheError]]()
         for each in done:
             worker = self._pending.pop(each)
             try:
                 answer, notes = ray.get(each)
-            except RayActorError as error:
+            except (RayActorError, *_LOST) as error:
                 answers.append((worker, Lost(_reason(error))))
                 continue
+            except RayTaskError as error:  # no error that a user can fix: as without Ray
+                raise error.cause from error
             _warn(notes)
             answers.append((worker, answer))
         return answers
@@ -234,11 +248,13 @@ def spread(
         for each in done:
             try:
                 answer, notes = ray.get(each)
-            except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
+            except _LOST as error:
                 answer, notes = EmbcacheError(
                     "the workers of a task were lost again and again", code="task-lost", found=_reason(error),
                     fix="more memory per worker, or fewer --num-workers; the same command continues",
                 ), []  # fmt: skip
+            except RayTaskError as error:
+                raise error.cause from error
             _warn(notes)
             yield pending.pop(each), answer
 
