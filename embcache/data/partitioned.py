@@ -179,7 +179,7 @@ def load_partitioned(
         class_names, labels = reader.classes()
         folder, partitions, hashes = home_dir(home) / slug(name), dict[str, int](), list[np.ndarray]()
         for table in reader.tables(min(rows, MOST_ROWS)):
-            hashes.append(pd.util.hash_array(table["id"].to_pandas().to_numpy(object), categorize=False))
+            hashes.append(_hashes(table["id"]))
             digest = write_partition(folder, table)
             if digest in partitions:
                 check_unique(table["id"].to_pylist() * 2, where=origin)
@@ -188,26 +188,29 @@ def load_partitioned(
             raise DatasetError(
                 "a label file has no rows", code="table-empty", expected="one row per image", where=origin
             )
-        _refuse_repeated(folder, list(partitions), np.concatenate(hashes), where=origin)
+        _refuse_repeated(folder, list(partitions), hashes, where=origin)
     known = DatasetRef.make(ref, {"name": name, "data_root": origin}).to_json()
     keep_file(kept_table_path(name, home), seal({"ref": known, "places": places, "rows": rows}))
     notes = [f"{sum(partitions.values()):,} rows are read in {len(partitions):,} partitions", *reader.notes]
     return PartitionedDataset(name, reader.root, origin, class_names, folder, partitions, labels, ref, tuple(notes))
 
 
-def _refuse_repeated(folder: Path, partitions: Sequence[str], hashes: np.ndarray, *, where: Path) -> None:
-    """Refuse IDs that occur twice in all partitions, whose hashes are given in their sequence."""
-    found = np.sort(hashes)
+def _hashes(ids: pa.ChunkedArray) -> np.ndarray:
+    return pd.util.hash_array(ids.to_pandas().to_numpy(object), categorize=False)
+
+
+def _refuse_repeated(folder: Path, partitions: Sequence[str], hashes: list[np.ndarray], *, where: Path) -> None:
+    """Refuse IDs that occur twice in all partitions, by their hashes; the list is emptied."""
+    found = np.concatenate(hashes)
+    hashes.clear()
+    found.sort()
     twice = np.unique(found[1:][found[1:] == found[:-1]])[:_MOST_REPEATED]
     if not len(twice):
         return
-    # Different IDs may have one hash: it is the IDs that count.
-    ids, start = list[str](), 0
+    ids = list[str]()  # different ones may have one hash: it is the IDs that count
     for digest in partitions:
         own = read_partition(folder, digest, ["id"])["id"]
-        rows = np.flatnonzero(np.isin(hashes[start : start + len(own)], twice))
-        ids += own.take(pa.array(rows)).to_pylist()
-        start += len(own)
+        ids += own.take(pa.array(np.flatnonzero(np.isin(_hashes(own), twice)))).to_pylist()
     check_unique(ids, where=where)
 
 
@@ -338,6 +341,8 @@ def _as_texts(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(values, pa.ChunkedArray):  # no row
         values = pa.array([], values.type)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pc.fill_null(pc.utf8_trim(values.cast(pa.large_string()), _BLANKS), "")

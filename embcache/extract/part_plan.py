@@ -126,8 +126,9 @@ def _look(store: FeatureStore, part: Partition, ids: pa.Array, scan: Scan, retry
         again[rows[k]] = retry_quarantined or reason == LEFT or fits_now(reason, scan.decoding.max_pixels)
     bare = kept[~live.digests.raw[kept].any(axis=1)]  # with a digest the state when planned says nothing more
     for number in np.unique(live.shards[bare]).tolist():
-        those = bare[live.shards[bare] == number]
-        states[rows[those]] = _states(reading.read_planned(path, number))[live.positions[those]]
+        known, those = _states(reading.read_planned(path, number)), bare[live.shards[bare] == number]
+        those = those[live.positions[those] < len(known)]
+        states[rows[those]] = known[live.positions[those]]
 
     plans = [_Owed.read(path, part, ids, number) for number in numbers if number not in committed]
     # Images of other partitions, too: only what is all its own is computed with a partition.
@@ -152,10 +153,11 @@ class _Owed:
     @classmethod
     def read(cls, path: Path, part: Partition, ids: pa.Array, number: int) -> _Owed:
         planned = reading.read_planned(path, number)
-        if isinstance(planned, PlannedRange) and planned.partition == part.digest:
-            n = planned.stop - planned.start
-            names = tuple(ids.slice(planned.start, n).to_pylist())
-            return cls(number, names, np.arange(n) + planned.start, planned.states, np.zeros((n, 32), np.uint8))
+        own = planned if isinstance(planned, PlannedRange) and planned.partition == part.digest else None
+        if own is not None and own.stop <= len(ids):
+            n = own.stop - own.start
+            names = tuple(ids.slice(own.start, n).to_pylist())
+            return cls(number, names, np.arange(n) + own.start, own.states, np.zeros((n, 32), np.uint8))
         entries = reading.read_plan(path, number)
         names, digests = tuple(entry.id for entry in entries), [entry.digest or "" for entry in entries]
         rows = pc.fill_null(pc.index_in(pa.array(names, ids.type), value_set=ids), -1).to_numpy().astype(np.int64)

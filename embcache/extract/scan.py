@@ -128,8 +128,8 @@ class Scan:
         """As :meth:`recall`, of an earlier scan of the same partition: row by row."""
         if known is not None and known.num_rows == len(self.states):
             states, headers = (np.stack([known[name] for name in names], axis=1) for names in (_STATE, _SIZE))
-            digests = np.frombuffer(known["digest"].combine_chunks().buffers()[1], np.uint8).reshape(-1, 32)
-            self._take_over(np.arange(known.num_rows), states, headers, digests)
+            digests = np.frombuffer(known["digest"].combine_chunks().buffers()[1], np.uint8, 32 * known.num_rows)
+            self._take_over(np.arange(known.num_rows), states, headers, digests.reshape(-1, 32))
 
     def _take_over(
         self, rows: NDArray[np.int64], states: NDArray[np.int64], headers: NDArray[np.int64], digests: NDArray[np.uint8]

@@ -77,6 +77,13 @@ class Side:
             features = np.ones((len(shard.ids), 1), np.float32)
             commit_shard(self.store.path, shard.number, ShardRows(shard.ids, features, valid, (*digests,), (*reasons,)))
 
+    def check(self, ids: Sequence[str]) -> None:
+        """A row that is not owed was made of the bytes that are there."""
+        live = self.store.sources()
+        for id_ in {*ids} - self.owed(ids):
+            if digest := live[id_].digest:
+                assert digest == hashlib.sha256((self.root / id_).read_bytes()).hexdigest()
+
     def owed(self, ids: Sequence[str]) -> set[str]:
         return {id_ for shard in self.plan.shards for id_ in shard.ids} & {*ids}
 
@@ -96,6 +103,7 @@ def test_a_partition_owes_what_a_table_owes(
             (root / name).write_bytes(b"w")
             os.utime(root / name, ns=(clock, clock))
         sides = Side(folder / "one", root, False), Side(folder / "other", root, True)
+        same = True  # until a plan is given up
         for made, keep, commit, retry in history:
             for change, k, content in made:
                 path, clock = root / NAMES[k], clock + 10**9
@@ -117,18 +125,16 @@ def test_a_partition_owes_what_a_table_owes(
             table = root / "t.parquet"
             pd.DataFrame({"path": ids, "label": "a", "id": ids}).to_parquet(table)
             one, other = (side.look(table, retry, keep, pool) for side in sides)
-            assert sides[0].owed(ids) == sides[1].owed(ids)
-            if [shard.ids for shard in one.shards] == [shard.ids for shard in other.shards]:
+            # A plan that holds images of others, too, is given up: less is owed where there are rows of the bytes.
+            assert sides[1].owed(ids) <= sides[0].owed(ids)
+            sides[1].check(ids)
+            equal = [shard.ids for shard in one.shards] == [shard.ids for shard in other.shards]
+            if same := same and equal:
                 assert vars(one) == vars(other)
+            if equal:
                 for side in sides:
                     side.commit({"nothing": 0, "first": 1, "all": 99}[commit], ids)
             elif commit == "all":
                 for side in sides:
                     side.commit(99, ids)
-        for side in sides:  # a row that is not owed was made of the bytes that are there
-            live = side.store.sources()
-            for id_ in {*ids} - side.owed(ids):
-                content = (root / id_).read_bytes() if (root / id_).exists() else None
-                if live[id_].digest:
-                    assert content is not None
-                    assert live[id_].digest == hashlib.sha256(content).hexdigest()
+        sides[0].check(ids)
