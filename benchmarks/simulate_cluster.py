@@ -2,19 +2,20 @@
 
 The images are places in HDF5 files that were never written. They are planned in partitions; `Dispatch` hands out the
 shards, as it does for Ray; leases and commits go to a home in an object store that is memory. Only the clock, the work
-of a network and the weather are played. At the end every image has exactly one live row, of the worker whose commit won.
+of a network and what goes wrong are played. At the end every image has exactly one live row, which is of the worker
+whose commit won.
 
     even        all workers compute --rate images per second
     stragglers  a tenth of them compute a quarter of that
-    preemption  each vanishes after --life hours on average and comes back after five minutes. A fifth has just committed
-                its shard, and its answer is lost; a fifth only cannot be reached, goes on and commits
+    preemption  each vanishes after --life hours on average and comes back after five minutes; a fifth just after a
+                commit, so that its answer is lost; a fifth only cannot be reached, goes on and commits
     throttling  the object store serves --limit requests per second
     all         everything at once
 
 Available time is that of all workers which are there, from the first second of planning to the last commit; useful time
 is what the committed rows take on the workers that committed them.
 
-    python -m benchmarks.simulate_cluster [--images 1000000] [--workers 64] [--rows-per-shard 4096] [--scenarios even,all]
+    python -m benchmarks.simulate_cluster [--images 1000000] [--workers 64] [--rows-per-shard 4096] [--scenarios all]
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Work:
     lease: Lease
     began: float
     ends: float
-    fate: str = ""  # "lost": its worker is gone; "unanswered": it will be after the commit; "cut off": nobody hears it
+    fate: str = ""  # "lost": its worker is gone; "unanswered": it will be after the commit; "cut off": the driver does not hear it
     committed: bool = False
 
 
