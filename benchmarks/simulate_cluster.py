@@ -133,7 +133,7 @@ class Work:
     lease: Lease
     began: float
     ends: float
-    fate: str = ""  # "lost": its worker is gone; "unanswered": it will be after the commit; "cut off": the driver does not hear it
+    fate: str = ""  # "lost": its worker is gone; "unanswered": gone after the commit; "cut off": it cannot be reached
     committed: bool = False
 
 
