@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import machine
 
 IN_ONE_FILE = 10_000
 STAGES = ("table", "scan", "plan", "keep")
@@ -112,6 +111,8 @@ def measure(root: Path, home: Path, places: bool, rows: int, fill: bool) -> None
 
 
 def main() -> None:
+    from common import machine
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="100000,1000000,10000000")
     parser.add_argument("--of", choices=["places", "files"], default="places")

@@ -194,6 +194,13 @@ def test_a_shard_that_another_process_holds_is_asked_for_again(owed: OwedShards)
     assert len(pool.given) == 5
 
 
+def test_others_are_computed_while_the_lease_of_a_lost_worker_stands(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["lost with its node"], 2: ["done", "held"]})
+    computed, _ = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert pool.given == [(1, 0), (2, 1), (2, 0), (2, 2), (2, 3), (2, 0)]
+
+
 def test_an_error_of_the_work_ends_the_run(owed: OwedShards) -> None:
     with refused(EmbcacheError, "disk-full"):
         carry_out(Paper(owed.stores[0].path, script={1: ["error"]}), owed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from embcache.errors import EmbcacheError
@@ -66,8 +66,11 @@ class WorkerPool(ABC):
 class Dispatch:
     """The bookkeeping of one run: every shard is waiting, with one worker, or settled."""
 
-    def __init__(self, pool: WorkerPool, shards: OwedShards, stop: Stop, most: int | None = None) -> None:
-        self._pool, self._shards, self._stop, self._most = pool, shards, stop, most
+    def __init__(
+        self, pool: WorkerPool, shards: OwedShards, stop: Stop, most: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._pool, self._shards, self._stop, self._most, self._clock = pool, shards, stop, most, clock
         self._waiting = deque((key, list(stores)) for key, stores in shards.waiting.items())
         self._elsewhere: list[tuple[tuple[Shard, int], list[int]]] = []  # other processes compute these
         self._look_again = 0.0  # when to ask for them once more
@@ -81,7 +84,7 @@ class Dispatch:
     def run(self, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
         """Yield what becomes of every shard, until all are settled or the run is to stop."""
         while self._waiting or self._elsewhere or self._busy:
-            if self._elsewhere and time.monotonic() >= self._look_again:
+            if self._elsewhere and self._clock() >= self._look_again:
                 self._waiting.extend(self._elsewhere)
                 self._elsewhere.clear()
             if self._stop.requested:
@@ -129,7 +132,7 @@ class Dispatch:
             self._opening.discard(worker)
             self._ready[worker] = answer.where
             return
-        key, shard = self._busy.pop(worker, (None, None))
+        (key, shard), lost = self._busy.pop(worker, (None, None)), isinstance(answer, Lost)
         if isinstance(answer, Lost | EmbcacheError):
             if isinstance(answer, EmbcacheError) and shard is not None:
                 raise answer
@@ -159,11 +162,11 @@ class Dispatch:
             answer = ShardOutcome(committed, committed)
         if key is not None and shard is not None:
             left = [index for index in shard.stores if index not in answer.settled]
-            if left and answer.computed == answer.settled == () and self._losses[key]:
+            if left and lost:
                 self._waiting.appendleft((key, left))
             elif left:
                 self._elsewhere.append((key, left))
-                self._look_again = time.monotonic() + _POLL_SECONDS
+                self._look_again = self._clock() + _POLL_SECONDS
             on_rows(len(shard.sources) * len(answer.settled))
             yield self._shards.count(shard, answer)
 
