@@ -263,13 +263,14 @@ def _extract_parts(
     """Extract one partition after the other into the same stores; of each only counts and reasons are kept."""
     sizes = decisive_sizes(dataset, home, Decoding(check_max_pixels(config.max_pixels)))
     done, seen = list[Extraction](), 0
-    for part in replace(dataset, sizes=sizes).parts():
-        if stop.requested:
-            break
-        stop.complete = False
-        seen += len(part)
-        each = extract(part, backbones, config, home=home, stop=stop)
-        done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
+    with ray_connection(config):  # one for all partitions
+        for part in replace(dataset, sizes=sizes).parts():
+            if stop.requested:
+                break
+            stop.complete = False
+            seen += len(part)
+            each = extract(part, backbones, config, home=home, stop=stop)
+            done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
     rest = len(dataset) - seen
     return [
         replace(one, store=FeatureStore(one.store.path), left=one.left + rest, undone=one.undone + rest) for one in done
@@ -367,11 +368,11 @@ def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: st
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store, by the type of the device (``cpu``, ``cuda``, …), or ``place`` in an object store.
 
-    Doubled until there are not too many shards; at most the number of images (but 64), for a shard takes the memory of
-    all its rows.
+    Doubled until there are not too many shards, but in an object store, where many workers are to share them; at most
+    the number of images (but 64), for a shard takes the memory of all its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
-    while images > rows * _MOST_SHARDS:
+    while images > rows * _MOST_SHARDS and device != "place":
         rows *= 2
     return min(rows, max(images, 64))
 
