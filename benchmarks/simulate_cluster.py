@@ -2,8 +2,8 @@
 
 The images are places in HDF5 files that were never written. They are planned in partitions; `Dispatch` hands out the
 shards, as it does for Ray; leases and commits go to a home in an object store that is memory. Only the clock, the work
-of a network and what goes wrong are played. At the end every image has exactly one live row, which is of the worker
-whose commit won.
+of a network and what goes wrong are played. At the end every image has exactly one live row, that of the worker which
+won the commit.
 
     even        all workers compute --rate images per second
     stragglers  a tenth of them compute a quarter of that
