@@ -26,6 +26,7 @@ import itertools
 import logging
 import math
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -450,7 +451,7 @@ def main() -> None:
                     f"{1000 * found.real:.0f}", f"{time.perf_counter() - began:.0f}",
                 ]
             )  # fmt: skip
-            print(rows[-1], flush=True)
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     print_table(
         [
             "scenario", "workers", "images", "shards", "hours", "utilization", "images in vain", "shards twice",
