@@ -50,6 +50,10 @@ class Paper(WorkerPool):
         if words and words[0] == "never":  # only now is it known that the node is gone
             self.nodes -= 1
             return self._started
+        if words and words[0] == "was on the node":
+            self.nodes -= 1
+            self._answers.append((self._started, Lost("its node has died", node=True)))
+            return self._started
         refusal = EmbcacheError("other weights", code="worker-recipe")
         self._answers.append(
             (self._started, refusal if words and words[0] == "refused" else Ready(f"w{self._started}"))
@@ -155,6 +159,13 @@ def test_a_worker_that_waits_for_a_node_that_is_gone_is_not_waited_for(owed: Owe
     computed, _ = carry_out(pool, owed)
     assert sorted(computed) == [0, 1, 2, 3]
     assert pool.ended == [1, 3]
+
+
+def test_of_a_lost_node_there_is_one_line(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["lost"], 3: ["was on the node"]})
+    computed, said = carry_out(pool, owed)
+    assert sorted(computed) == [0, 1, 2, 3]
+    assert len(said) == 1
 
 
 def test_when_all_are_gone_what_is_left_is_named(owed: OwedShards) -> None:

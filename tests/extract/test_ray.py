@@ -81,7 +81,12 @@ def whole(dataset: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_a_node_that_is_killed_costs_nothing_but_its_shard(
-    cluster: Any, dataset: ImageDataset, whole: dict[str, bytes], home: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any,
+    dataset: ImageDataset,
+    whole: dict[str, bytes],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("EMBCACHE_SLOW_SECONDS", "0.3")
     computed, count = list[int](), OwedShards.count
@@ -106,7 +111,8 @@ def test_a_node_that_is_killed_costs_nothing_but_its_shard(
     assert lost[0].endswith("workers left: 1")
     assert "Ray: room for 2 workers; cores of each 1, GPUs 0" in said
     assert not list((done.store.path / "leases").iterdir())
-    cluster.add_node(**NODE)
+    cluster.add_node(**NODE)  # by now the head knows that the other one is gone
+    assert capfd.readouterr().out == ""
 
 
 def test_pixels_that_workers_decode_first_give_the_same_features(

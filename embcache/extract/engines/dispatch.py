@@ -37,6 +37,7 @@ class Lost:
     """A worker is gone, or cannot be reached."""
 
     reason: str
+    node: bool = False  # so is its node, as far as is known
 
 
 class WorkerPool(ABC):
@@ -141,8 +142,9 @@ class Dispatch:
             self._failed.append(answer if isinstance(answer, EmbcacheError) else f"{where}: {answer.reason}")
             if worker in self._opening:
                 self._opening.discard(worker)
-                self._unready += 1
-                log.warning(f"a worker could not begin: {_line(answer)}")
+                if not (isinstance(answer, Lost) and answer.node):  # else there is less room, and nothing wrong with it
+                    self._unready += 1
+                    log.warning(f"a worker could not begin: {_line(answer)}")
             if key is None or shard is None:
                 return
             stores = self._shards.stores

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import threading
@@ -30,6 +31,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without GPUs sees none, without a warning
 try:
     import ray
+    import ray._private.worker
     from ray.exceptions import (
         NodeDiedError,
         OutOfMemoryError,
@@ -67,6 +69,8 @@ def connected(config: EngineConfig) -> Iterator[None]:
     else:
         own = {}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    # Of a lost node Ray would print twenty lines of its raylet's state to stdout, which may be a command's answer.
+    ray._private.worker._worker_logs_enabled = False
     log.info("starting Ray on this machine" if config.address is None else f"connecting to Ray at {config.address}")
     with _handlers_kept():
         try:
@@ -195,7 +199,7 @@ class RayPool(WorkerPool):
             try:
                 answer, notes = ray.get(each)
             except (RayActorError, *_LOST) as error:
-                answers.append((worker, Lost(_reason(error))))
+                answers.append((worker, Lost(reason := _reason(error), "node" in reason)))
                 continue
             except RayTaskError as error:  # no error that a user can fix: as without Ray
                 raise error.cause from error
@@ -272,10 +276,9 @@ def _warn(notes: Iterable[str]) -> None:
 
 
 def _reason(error: RayError) -> str:
-    """The first line of Ray's report that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "because" in line or "died" in line.lower() or "node" in line.lower()]
-    return (telling or lines or [type(error).__name__])[0]
+    """A few words of Ray's report."""
+    because = re.search(r"because ([^.\n]+)", str(error))
+    return because[1] if because else "it cannot be reached"
 
 
 class RayEngine(Engine):
