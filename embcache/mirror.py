@@ -26,21 +26,24 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
+
 from embcache import io as disk
-from embcache.errors import CorruptStoreError, UsageError
+from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
-from embcache.places import Entry, Place, as_url, is_url, open_place, probe
+from embcache.places import Entry, Place, as_url, check_key, is_url, open_place, probe
 from embcache.sealed import crc32c, seal, unseal
 
 MARK = ".place"  # file of a mirror: its URL
-_SHARD = re.compile(r"(?P<store>[^/]+/[^/]+)/shards/(?P<name>\d{6,})/(?P<file>.+)")
+_SHARD = re.compile(r"(?P<store>[^/]+/[^/]+)/shards/(?P<name>\d{6,})/(?P<file>.*)")
 _RUN = re.compile(r"(?P<dataset>[^/]+)/runs/(?P<name>[^/.][^/]*)/(?P<file>.+)")
 _LEASE = re.compile(r"[^/]+/[^/]+/leases/[^/]+")
 # Of this machine alone: checkpoints, drawings, states of files, and what is begun and not finished.
@@ -48,13 +51,20 @@ _OWN = re.compile(
     r"(weights|sample-images)/.*|(.*/)?\..*|.*scan\.parquet"
     r"|[^/]+/(networks\.json|figures/.*|[^/]+/(staging|view\.zarr)/.*)"
 )
-_MANY = ("plan", "shards", "manifests", "partitions", "weights", "staging")  # folders that are not looked through
+# What belongs to one shard, or some, and is brought when it is needed: there may be very many. By key, and by path.
+_MANY_KEYS = re.compile(r"home/[^/]+/([^/]+/(commits|manifests|plan)|partitions)/")
+_MANY = re.compile(
+    r"[^/]+/([^/]+/(plan/\d{6,}\.json|manifests/\d{6,}\.json|shards/\d{6,}/commit\.json)|partitions/[0-9a-f]{16}\.parquet)"
+)
+_PASSED = 2000  # of those in a row that a listing passes before it begins anew behind them
 _COMMIT = "commit.json"
 _FIRST = "result.json"  # of a run, which listings need
 THREADS = 16  # requests at a time: what takes long is waiting for the answers
 _FOLDED = 1000  # commits in one manifest
 _FRESH_SECONDS, _CURRENT_SECONDS = 2.0, 60.0  # for which a store, and a home, are not listed again
 _SETTLED_SECONDS = 60.0  # a younger file may be one that was written since the place was listed
+_USED_SECONDS = 60.0  # for which what was brought stays, however full the cache is: it is about to be read
+_GIVEN_UP_SECONDS = 86_400.0  # after which no process still writes an attempt at a run
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
 
 
@@ -83,6 +93,7 @@ class Mirror:
         self._refreshed: dict[Path | None, float] = {}  # when documents were last compared with those of the place
         self._plans: dict[Path, set[int]] = {}  # numbers of plans by store, as of then
         self._held: int | None = None  # bytes of features here
+        self._lock = threading.Lock()  # of `_held`
 
     # Paths and keys
 
@@ -104,12 +115,24 @@ class Mirror:
         name = key.removeprefix("home/")
         name = re.sub(r"^([^/]+/[^/]+)/commits/(\d{6,})\.json$", rf"\1/shards/\2/{_COMMIT}", name)
         name = re.sub(r"^([^/]+/runs)/([^/.][^/]*)\.json$", rf"\1/\2/{_COMMIT}", name)
-        path = self.root / name
-        return path if ".." not in path.parts and self.key(path) == key else None
+        with suppress(ValueError):
+            path = self.root / check_key(name)
+            if self.key(path) == key and "/" in name and (_MANY.fullmatch(name) or not _MANY_KEYS.match(key)):
+                return path
+        return None
+
+    def _is_many(self, path: Path) -> bool:
+        return _MANY.fullmatch(path.relative_to(self.root).as_posix()) is not None
+
+    def _created_once(self, path: Path) -> bool:
+        """Whether a document never changes."""
+        return self._is_many(path) or path.name in ("recipe.json", "canaries.json")
 
     def attempts(self, folder: Path) -> str:
         """Prefix of all attempts at a folder."""
-        return "attempts/" + folder.relative_to(self.root).as_posix().replace("/shards/", "/")
+        name = folder.relative_to(self.root).as_posix()
+        match = _SHARD.fullmatch(f"{name}/")
+        return f"attempts/{match['store']}/{match['name']}" if match else f"attempts/{name}"
 
     def address(self, folder: Path, file: str) -> str:
         """URL of a file of a committed folder, for readers without embcache."""
@@ -122,6 +145,7 @@ class Mirror:
         """Write a document there and here, or one file of a run; False where it is neither."""
         if (match := _RUN.fullmatch(path.relative_to(self.root).as_posix())) and match["file"] != _COMMIT:
             folder = self.root / match["dataset"] / "runs" / match["name"]
+            self._bring([folder / _COMMIT])  # its other files as they are there now
             names = _read_commit(folder / _COMMIT)["files"]
             files = {name: disk.read_regular(folder / name) for name in names}
             disk.replace_folder(folder, {**files, match["file"]: data})
@@ -140,6 +164,12 @@ class Mirror:
             return None
         self.check_fit()
         created = self.place.put_new(key, data)
+        if (
+            self._is_many(path)
+            and path.parent.name == "plan"
+            and (known := self._plans.get(path.parents[1])) is not None
+        ):
+            known.add(int(path.stem))
         if not created:
             self._refreshed.clear()  # another process was quicker: the next listing is a new one
         if key.startswith("home/"):
@@ -185,30 +215,47 @@ class Mirror:
         self.place.put(cast("str", self.key(path)), sealed)
         disk.cache_file(path, sealed)
         self.forget(folder)
+        manifest = folder.parents[1] / "manifests" / f"{int(folder.name) // _FOLDED * _FOLDED:06d}.json"
+        disk.discard(manifest)  # it has the damaged commit
         return True
 
     def collect(self, store: Path, committed: Iterable[int], *, dry_run: bool = False) -> list[Entry]:
         """Remove attempts at committed shards that do not count, and their leases; what was removed."""
-        names = {f"{number:06d}" for number in committed}
-        counts = {name: _read_commit(store / "shards" / name / _COMMIT)["attempt"] for name in names}
+        commits = {f"{number:06d}": store / "shards" / f"{number:06d}" / _COMMIT for number in committed}
+        self._bring([*commits.values()])  # as they are there: what a copy does not name may count by now
+        counts = {name: _read_commit(path)["attempt"] for name, path in commits.items()}
         top, leases = self.attempts(store), f"leases/{store.relative_to(self.root).as_posix()}/leases"
-        found = [entry for entry in self.place.list(leases) if Path(entry.key).stem in names]
+        found = [entry for entry in self.place.list(leases) if Path(entry.key).stem in counts]
         for entry in self.place.list(top):
-            name, attempt = entry.key.removeprefix(f"{top}/").split("/")[:2]
-            found += [entry] if counts.get(name, attempt) != attempt else []
-        for entry in () if dry_run else found:
+            name, attempt, _ = f"{entry.key.removeprefix(f'{top}/')}//".split("/", 2)
+            found += [entry] if re.fullmatch("[0-9a-f]{64}", attempt) and counts.get(name, attempt) != attempt else []
+        return self._remove(found, dry_run)
+
+    def collect_rest(self, *, dry_run: bool = False) -> list[Entry]:
+        """Remove attempts at runs that were replaced a day ago or before, and what killed processes left of leases."""
+        old = [entry for entry in self.place.list("leases") if re.fullmatch("leases/clock-[0-9a-f]+", entry.key)]
+        for folder in sorted(self.root.glob("*/runs/[!.]*")):
+            path = folder / _COMMIT
+            self._bring([path])
+            if path.exists():
+                top, attempt = self.attempts(folder), _read_commit(path)["attempt"]
+                old += [each for each in self.place.list(top) if not each.key.startswith(f"{top}/{attempt}/")]
+        return self._remove([each for each in old if each.modified < time.time() - _GIVEN_UP_SECONDS], dry_run)
+
+    def _remove(self, entries: list[Entry], dry_run: bool) -> list[Entry]:
+        for entry in () if dry_run else entries:
             self.place.delete(entry.key)
-        return found
+        return entries
 
     def delete(self, path: Path) -> None:
         """Remove a document there; commits stay, for without one another attempt could win."""
-        if (key := self.key(path)) is not None and "/commits/" not in key:
+        if (key := self.key(path)) is not None and not (self._is_many(path) and path.name == _COMMIT):
             self.place.delete(key)
 
     def fetch(self, path: Path) -> bool:
         """Bring a plan, a partition or a file of a committed folder here; False where there is none."""
         name = path.relative_to(self.root).as_posix()
-        if path.parent.name in ("plan", "partitions"):
+        if path.name != _COMMIT and _MANY.fullmatch(name):
             return self.look(path)
         match = _SHARD.fullmatch(name) or _RUN.fullmatch(name)
         if match is None or match["file"] == _COMMIT:
@@ -239,33 +286,40 @@ class Mirror:
     # What reads the folder calls
 
     def refresh(self, folder: Path | None = None, *, whole: bool = False) -> None:
-        """Bring documents here as they are there: of one store with its commits, or (default) of all but stores.
+        """Bring documents here as they are there: those of one store with its commits, by default all but shards'.
 
         Not again within a moment. Plans are listed only, and brought when they are read. With ``whole`` a store's
-        documents are brought although they are here and never change.
+        documents are brought although they are here and never change, and those go that are not there.
         """
         now = time.monotonic()
         if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
+        # One process of a machine at a time: of two, the one that read older bytes could be the last to write them.
+        with suppress(Timeout), FileLock(self.root / ".refresh.lock", timeout=_SETTLED_SECONDS):
+            self._refresh(folder, whole)
+        self._refreshed[folder] = time.monotonic()
+
+    def _refresh(self, folder: Path | None, whole: bool) -> None:
         started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), list[Path]()
         name = "" if folder is None else f"/{folder.relative_to(self.root).as_posix()}"
         plans, manifests = set[int](), list[Path]()
-        for entry in self.place.list(f"home{name}"):
-            path = self.path(entry.key)
-            if path is None or (folder is None and _of_shard(path)):
+        for entry in self.place.list(f"home{name}") if folder else self._beyond_shards():
+            if (path := self.path(entry.key)) is None:
                 continue
-            if path.parent.name == "plan":
-                plans.add(int(path.stem))
-            elif path.parent.name == "manifests":
-                manifests.append(path)
-            learned[str(path)] = "" if _created_once(path) else entry.etag
+            kind = path.parent.name if self._is_many(path) else ""
+            plans |= {int(path.stem)} if kind == "plan" else set()
+            manifests += [path] if kind == "manifests" else []
+            learned[str(path)] = "" if self._created_once(path) else entry.etag
             if whole or not path.exists() or known.get(str(path), "") != learned[str(path)]:
-                wanted += [path] if whole or not _of_shard(path) or path.name == _COMMIT else []
+                wanted += [path] if whole or not self._is_many(path) or path.name == _COMMIT else []
         if not whole:
             self._unfold(manifests)
-        self._bring([path for path in wanted if whole or not (_created_once(path) and path.exists())])
+        self._bring([path for path in wanted if whole or not (self._created_once(path) and path.exists())])
         if folder is not None:
             self._plans[folder] = plans
+            for path in [*folder.glob("plan/*.json"), *folder.glob(f"shards/*/{_COMMIT}")] if whole else ():
+                if str(path) not in learned:
+                    disk.remove(path.parent if path.name == _COMMIT else path)
         else:
             disk.cache_file(self.root / ".etags.json", json.dumps(learned).encode())
             for path in (Path(text) for text in {*known, *map(str, self._documents())} - {*learned}):
@@ -273,7 +327,21 @@ class Mirror:
                 with suppress(FileNotFoundError):
                     if path.lstat().st_mtime < started - _SETTLED_SECONDS:
                         disk.remove(path.parent if path.name in (_COMMIT, "recipe.json") else path)
-        self._refreshed[folder] = time.monotonic()
+
+    def _beyond_shards(self) -> Iterator[Entry]:
+        """Documents of the home; a listing that passes many of shards begins anew behind them."""
+        after, passed = "", 0
+        while True:
+            for entry in self.place.list("home", after):
+                many = _MANY_KEYS.match(entry.key)
+                passed = passed + 1 if many else 0
+                if many and passed > _PASSED:
+                    after, passed = f"{many[0]}~", 0  # greater than all digits
+                    break
+                if many is None:
+                    yield entry
+            else:
+                return
 
     def plans(self, store: Path) -> set[int]:
         """Numbers of a store's plans."""
@@ -295,7 +363,7 @@ class Mirror:
             paths = [path.parents[1] / "shards" / f"{first + k:06d}" / _COMMIT for k in range(_FOLDED)]
             if all(each.exists() for each in paths) or (data := self.read(path)) is None:
                 continue
-            with suppress(CorruptStoreError, KeyError, ValueError):  # then they are read one by one
+            with suppress(CorruptStoreError, KeyError, ValueError, AttributeError):  # then they are read one by one
                 for each, text in zip(paths, unseal(data, path, "")["commits"], strict=True):
                     if not each.exists():
                         self._install(each, text.encode())
@@ -339,6 +407,15 @@ class Mirror:
                 with suppress(FileNotFoundError):  # another process does the same
                     disk.remove(path)
 
+    def drop(self, path: Path) -> bool:
+        """Remove the copy of a file of a committed folder, which may have been cut; False where it is none."""
+        match = _SHARD.fullmatch(path.relative_to(self.root).as_posix())
+        if match is None or match["file"] == _COMMIT:
+            return False
+        with suppress(FileNotFoundError):
+            disk.remove(path)
+        return True
+
     def check_fit(self) -> None:
         """Try the place before the first write; `StoreError` where commits cannot rely on it."""
         if not (self.root / ".probed").exists():
@@ -360,8 +437,11 @@ class Mirror:
     def _bring(self, paths: Sequence[Path]) -> None:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="get") as pool:
             for path, data in zip(paths, pool.map(self._readable, paths), strict=True):
-                if data is not None:
-                    self._install(path, data)
+                try:
+                    if data is not None:
+                        self._install(path, data)
+                except StoreError as error:  # of others: a document that has the name of a folder, say
+                    log.warning("%s is not brought: %s", path, error.found)
         self.prefetch([path.with_name(_FIRST) for path in paths if path.name == _COMMIT and _is_run(path.parent)])
 
     def _readable(self, path: Path) -> bytes | None:
@@ -387,37 +467,30 @@ class Mirror:
         """Documents that are here, but those of shards."""
         found = []
         for root, folders, files in os.walk(self.root):
-            folders[:] = [name for name in folders if name not in _MANY]
+            folders[:] = [] if _MANY_KEYS.match(f"home/{Path(root).relative_to(self.root).as_posix()}/") else folders
             paths = [Path(root, name) for name in files]
-            found += [path for path in paths if (self.key(path) or "").startswith("home/")]
+            found += [path for path in paths if self.path(self.key(path) or "") == path and not self._is_many(path)]
         return found
 
     def _bound(self, added: int) -> None:
         """Count what was added, and remove the oldest files of features where there are too many bytes."""
         most = cache_bytes()
-        if self._held is not None and self._held + added <= most:
-            self._held += added
-            return
-        files = [path for path in self.root.glob("*/*/shards/*/**/*") if path.is_file() and path.name != _COMMIT]
-        states = sorted((state.st_mtime, state.st_size, path) for path in files if (state := path.lstat()))
-        self._held = sum(size for _, size, _ in states)
-        for _, size, path in states:
-            if self._held <= max(0.8 * most, added):
-                break
-            if self._held > most or size:
+        with self._lock:
+            if self._held is not None and self._held + added <= most:
+                self._held += added
+                return
+            states = list[tuple[float, int, Path]]()
+            for path in self.root.glob("*/*/shards/*/**/*"):
+                with suppress(FileNotFoundError):  # another process removes it too
+                    state = path.lstat()
+                    states += [(state.st_mtime, state.st_size, path)] if path.is_file() and path.name != _COMMIT else []
+            self._held = sum(size for _, size, _ in states)
+            for written, size, path in sorted(states):
+                if self._held <= 0.8 * most or written > time.time() - _USED_SECONDS:
+                    break
                 with suppress(FileNotFoundError):
                     disk.remove(path)
                 self._held -= size
-
-
-def _of_shard(path: Path) -> bool:
-    """Whether a document belongs to one shard, or some, and is brought when it is needed: there may be very many."""
-    return path.parent.name in ("plan", "manifests", "partitions") or path.parent.parent.name == "shards"
-
-
-def _created_once(path: Path) -> bool:
-    """Whether a document never changes."""
-    return _of_shard(path) or path.name in ("recipe.json", "canaries.json")
 
 
 def _is_run(folder: Path) -> bool:
@@ -438,12 +511,16 @@ def _hash(files: Mapping[str, bytes]) -> str:
 
 
 def _attempt(sealed: bytes, where: Path) -> str:
-    return str(unseal(sealed, where, "embcache verify")["attempt"])
+    return str(_checked(sealed, where)["attempt"])
 
 
 def _read_commit(path: Path) -> dict[str, Any]:
-    """A commit's attempt and files, checked: they become parts of keys and of paths."""
-    content = unseal(disk.read_regular(path), path, f"remove {path.parent}: it is a copy")
+    return _checked(disk.read_regular(path), path)
+
+
+def _checked(sealed: bytes, path: Path) -> dict[str, Any]:
+    """A commit's attempt and files: they become parts of keys and of paths."""
+    content = unseal(sealed, path, f"remove {path.parent}: it is a copy")
     attempt, files = content.get("attempt"), content.get("files")
     bad = not isinstance(attempt, str) or not re.fullmatch("[0-9a-f]{64}", attempt) or not isinstance(files, dict)
     if bad or any(".." in Path(name).parts or Path(name).is_absolute() for name in cast("dict[str, Any]", files)):
@@ -487,7 +564,7 @@ def home_of(home: disk.PathLike) -> Path:
     """A home's folder: of a URL that of its mirror, which is brought up to date when it is first used."""
     path = Path(home).expanduser()
     if not is_url(home):
-        if path.parent != cache_dir() or not (path / MARK).is_file():
+        if not os.path.isfile(path / MARK) or path.parent != cache_dir():  # noqa: PTH113  # False where not allowed
             return path
         home = disk.read_regular(path / MARK).decode()  # another process has opened it
     mirror = open_mirror(os.fspath(home))

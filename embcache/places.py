@@ -212,7 +212,13 @@ class ObjectPlace(Place):
 
     def _retried(self, attempt: Callable[[], _T], key: str, *, absent: bool = False) -> _T:
         """What ``attempt`` returns, once it does; with ``absent``, FileNotFoundError is an answer."""
-        from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
+        from obstore.exceptions import (
+            BaseError,
+            InvalidPathError,
+            NotSupportedError,
+            PermissionDeniedError,
+            UnauthenticatedError,
+        )
 
         for pause in (*_PAUSES, None):
             try:
@@ -225,6 +231,12 @@ class ObjectPlace(Place):
                 raise StoreError(
                     "the object store refuses a request", code="place-refused", found=_first_line(error),
                     where=f"{self.url}/{key}", fix="check the credentials of this machine and the rights on the bucket",
+                ) from error  # fmt: skip
+            except InvalidPathError as error:
+                raise StoreError(
+                    "an object has a key that is no path", code="place-foreign", found=_first_line(error),
+                    where=self.url, expected="keys without empty parts, . and ..",
+                    fix="remove this object, which embcache did not write, or use another prefix",
                 ) from error  # fmt: skip
             except _DamagedError as error:
                 if pause is None:
@@ -283,6 +295,11 @@ def as_url(text: object) -> str:
     return f"{match[1]}://{(match[2] or '').strip('/')}"
 
 
+def _public(url: str) -> str:
+    """An address without what may be a secret."""
+    return re.sub(r"[?#].*", "?…", re.sub("//.*@", "//…@", url), flags=re.DOTALL)
+
+
 def split_url(url: str, *, whole: bool = False) -> tuple[str, str]:
     """The bucket of a URL, ``s3://bucket``, and the key, which a ``whole`` bucket may lack; `UsageError` for others."""
     scheme, _, rest = url.partition("://")
@@ -293,7 +310,7 @@ def split_url(url: str, *, whole: bool = False) -> tuple[str, str]:
     raise UsageError(
         "the address of an object store cannot be used", code="place-address",
         expected=f"{scheme}://BUCKET/KEY without empty parts, . and .., and without credentials",
-        found=re.sub("//.*@", "//…@", url),
+        found=_public(url),
         fix="check the address; an endpoint is named by AWS_ENDPOINT_URL, and credentials by the environment",
     )  # fmt: skip
 
@@ -310,9 +327,9 @@ def open_place(url: str) -> Place:
     if not is_url(url):
         return DiskPlace(Path(url))
     url = as_url(url)
-    if marks := set("?#%") & set(split_url(url, whole=True)[1]):  # which mean other things in URLs
+    if marks := set("?#%") & set(split_url(url, whole=True)[1]):  # which mean other things in URLs, tokens too
         raise UsageError(
-            "the address of an object store cannot be used", code="place-address", found=url,
+            "the address of an object store cannot be used", code="place-address", found=_public(url),
             expected=f"no {' '.join(sorted(marks))} in it", fix="use another prefix",
         )  # fmt: skip
     try:

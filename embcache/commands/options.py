@@ -18,7 +18,7 @@ from embcache.commands.output import echo, may_guide, table_style, write_json
 from embcache.config import RECIPE, DatasetRef
 from embcache.errors import UsageError
 from embcache.fields import Config, flag_of, option_of, split_list
-from embcache.mirror import shown_home
+from embcache.mirror import cache_bytes, shown_home
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset
@@ -149,6 +149,7 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
             for name in ("cache_dir", "cache_size"):
                 if value := given.pop(name, None):
                     os.environ[f"EMBCACHE_{name.upper()}"] = str(value)
+                    cache_bytes()
             style = {name: given.pop(name, False) for name in ("wide", "csv") if table}
             json = given.get("json") if takes_json else given.pop("json", None)
             for name in lists:

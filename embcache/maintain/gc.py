@@ -218,7 +218,8 @@ def collect_home(
     freed = sum(map(bytes_under, found))
     for path in () if dry_run else found:
         discard(path)
-    return {"leftovers": len(found), "freed": freed}
+    there = mirror.collect_rest(dry_run=dry_run) if (mirror := mirror_of(root)) else []
+    return {"leftovers": len(found) + len(there), "freed": freed + sum(entry.size for entry in there)}
 
 
 def _is_finished(partial: Path) -> bool:

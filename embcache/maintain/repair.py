@@ -29,7 +29,7 @@ from embcache.extract.pixels import pixel_recipe, pixel_rows
 from embcache.extract.recipes import make_recipe, recipe_network, recipe_transform, require_checkpoints
 from embcache.extract.scan import GONE
 from embcache.extract.worker import compute_shard
-from embcache.io import discard, make_folder
+from embcache.io import discard, make_folder, mirror_of
 from embcache.log import log
 from embcache.maintain.verify import StoreCheck, digest_now, image_folder, verify_store
 from embcache.paths import PathLike
@@ -296,6 +296,9 @@ class _Repair:
                 replace_plan(self.path, number, [self.entry(source) for source in self.sources(ids)])
                 self.did(f"plan {number}: written anew for {len(ids):,} images that no other plan names")
             else:
+                if mirror_of(self.path):  # where a commit stays, and so does its plan
+                    self.did(f"plan and shard {number}: left as they are, no image of the dataset is theirs")
+                    continue
                 take_out(self.path, plan_path(self.path, number), "plan-damaged")
                 take_out(self.path, shard_path(self.path, number), "shard-unplanned")
                 self.did(f"plan and shard {number}: removed, no image of the dataset is theirs")

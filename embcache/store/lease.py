@@ -58,7 +58,7 @@ class Lease:
         """Give the shard back. Releasing twice, or a lease that was taken over, does nothing."""
         # A disk that refuses leaves a lease behind, which ends with our process or in its own time.
         ours = False
-        with suppress(OSError):
+        with suppress(OSError, StoreError):
             ours = self.held
         self._done.set()
         self._thread.join()

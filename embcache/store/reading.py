@@ -311,13 +311,15 @@ class ShardFiles(Mapping[str, bytes]):
             ) from error  # fmt: skip
 
     def check_sizes(self, names: Iterable[str]) -> None:
-        """Refuse files that are not as long as the commit says, before anything is read or memory taken for it."""
+        """Refuse files that are not as long as the commit says, before anything is read or memory taken for it.
+
+        Of a store in an object store they are not looked at: a copy may be missing, and is checked when it is read.
+        """
+        names = () if mirror_of(self.folder) else names
         for name in names:
             path, there = self.folder / name, -1
             with refusals_raised(path, _recompute(self.folder)), suppress(FileNotFoundError, NotADirectoryError):
                 there = path.lstat().st_size
-            if there < 0 and mirror_of(path):
-                continue  # in the object store: checked when it is read
             if there != self.sizes[name]:
                 found = f"{there} bytes" if there >= 0 else "no such file"
                 self.refuse(f"{self.sizes[name]} bytes in {name}", found)
@@ -419,7 +421,7 @@ def row_sources(live: LiveRows, plan: Callable[[int], Sequence[PlanEntry]]) -> l
     return found
 
 
-def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None) -> bytes:
+def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None, *, again: bool = False) -> bytes:
     """The bytes of a file; with ``expected`` (size, crc32c) only those."""
     with refusals_raised(path, fix):
         if expected is None:
@@ -429,6 +431,8 @@ def read_file(path: PathLike, fix: str, expected: tuple[int, str] | None = None)
             # A wrong size is refused before reading: a file that grew to gigabytes is not loaded for that.
             data = file.readall() if size == expected[0] else b""
     if size != expected[0] or crc32c(data) != expected[1]:
+        if not again and (mirror := mirror_of(path)) and mirror.drop(Path(path)):
+            return read_file(path, fix, expected, again=True)  # a copy may have been cut when power was lost
         raise CorruptStoreError(
             "a file of the feature store is not the one that was committed", code="file-changed",
             expected=f"{expected[0]} bytes, crc32c {expected[1]}",

@@ -22,7 +22,7 @@ from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.extract import recipes
 from embcache.io import mirror_of, replace_file
-from embcache.maintain.gc import collect
+from embcache.maintain.gc import collect, collect_home
 from embcache.maintain.repair import Rebuild, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.mirror import Mirror, open_mirror
@@ -30,6 +30,7 @@ from embcache.paths import home_dir, home_text
 from embcache.places import open_place
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run, list_results, load_heads, replace_result, runs_dir
+from embcache.sealed import seal
 from embcache.store import reading
 from embcache.store.commit import commit_shard, is_committed, publish_plan, write_view
 from embcache.store.feature_store import FeatureStore, list_stores
@@ -273,6 +274,7 @@ def test_the_oldest_copies_go_where_the_cache_is_full(machine: Machine, monkeypa
     store = make_store(machine("one"), row_shape=(1000,))
     rows = [add(store, number, [f"{number}"], row_shape=(1000,)) for number in range(6)]
     monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "60kB")  # three shards of 16 kB and a little
+    monkeypatch.setattr(mirrors, "_USED_SECONDS", -60.0)
     other = FeatureStore(on(machine("two"), store))
     for _ in range(2):
         for number in range(6):
@@ -384,3 +386,111 @@ def test_a_checkpoint_is_read_from_its_address_by_its_digest(machine: Machine) -
     assert mirrors.bring_file("memory://models/net.safetensors") != first
     with refused(UsageError, "object-not-found"):
         load_backbone("supervised", weights=Path("memory://models/none.pth"))
+
+
+def test_many_threads_read_while_the_cache_is_full(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(machine("one"), row_shape=(100,))
+    rows = [add(store, number, [f"{number}"], row_shape=(100,)) for number in range(40)]
+    monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "4kB")
+    monkeypatch.setattr(mirrors, "_USED_SECONDS", -60.0)  # what was just brought may go, too
+    other = FeatureStore(on(machine("two"), store))
+    for _ in range(3):
+        np.testing.assert_array_equal(other.features[:], np.concatenate([each.features for each in rows]))
+
+
+def test_gc_keeps_the_attempt_that_a_repair_on_another_machine_made_count(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    other = on(machine("two"), store)
+    assert reading.committed_numbers(other) == [0]
+    place = the_mirror(store).place
+    place.put(f"home/ds/{store.name}/commits/000000.json", b"damaged")
+    (store / "shards/000000/commit.json").write_bytes(b"damaged")
+    assert commit_shard(store, 0, make_rows(["a", "b"], seed=7), damaged=True)
+    assert collect(other).leftovers > 0
+    np.testing.assert_array_equal(
+        FeatureStore(on(machine("three"), store)).features[:], make_rows(["a", "b"], seed=7).features
+    )
+
+
+def test_a_plan_that_is_gone_there_is_written_again_by_one_repair(
+    machine: Machine, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "load_backbone", load_tiny)
+    dataset, home = load_dataset("folder", root=images, name="toy"), machine("one")
+    path = run_extraction(["random"], dataset, home=home, rows_per_shard=8)[0].store.path
+    the_mirror(path).place.delete(f"home/toy/{path.name}/plan/000001.json")
+    check = verify_store(path)
+    assert [(damage.kind, damage.shard) for damage in check.damage] == [("plan", 1)]
+    assert not repair_store(check, lambda: dataset, Rebuild(home=home)).damage
+    assert not verify_store(on(machine("two"), path)).damage
+
+
+def test_what_others_keep_under_the_prefix_is_passed_over(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    add(store, 0, ["a"])
+    place, top = the_mirror(store).place, f"home/ds/{store.name}"
+    for key in (f"{top}/plan/README.txt", f"{top}/manifests/x.json", f"attempts/ds/{store.name}/README", "home/note"):
+        place.put(key, b"x")
+    other = on(machine("two"), store)
+    assert FeatureStore(other).ids.tolist() == ["a"]
+    assert reading.plan_numbers(other) == [0]
+    collect(other)
+    assert the_mirror(other).path("home//etc/passwd") is None
+    assert the_mirror(other).path("home/ds/../../x") is None
+    place.put(f"{top}/commits/000001.json", seal({"rows": 1}))
+    with pytest.raises(CorruptStoreError):
+        FeatureStore(on(machine("three"), store)).ids.tolist()
+
+
+def test_datasets_may_have_the_names_of_folders(machine: Machine) -> None:
+    home = machine("one")
+    for name in ("plan", "shards", "manifests", "partitions", "commits"):
+        replace_file(home / name / "dataset.parquet", name.encode())
+    other = machine("two")
+    for name in ("plan", "shards", "manifests", "partitions", "commits"):
+        assert (other / name / "dataset.parquet").read_bytes() == name.encode()
+
+
+def test_a_run_is_changed_as_it_is_there_now(machine: Machine) -> None:
+    home = machine("one")
+    folder = home / "ds" / "runs" / "abc"
+    disk.replace_folder(folder, {"result.json": b"{}", "predictions.parquet": b"first"})
+    second = machine("two") / "ds" / "runs" / "abc"
+    disk.replace_folder(folder, {"result.json": b"{}", "predictions.parquet": b"second"})
+    replace_file(second / "result.json", b'{"note": 1}')
+    assert disk.read_regular(machine("three") / "ds/runs/abc/predictions.parquet") == b"second"
+    assert disk.read_regular(home / "ds/runs/abc/predictions.parquet") == b"second"
+
+
+def test_attempts_at_runs_that_were_replaced_go_after_a_day(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = machine("one") / "ds" / "runs" / "abc"
+    for number in range(3):
+        disk.replace_folder(folder, {"result.json": f"{number}".encode()})
+    the_mirror(folder).place.put("leases/clock-0123", b"x")
+    assert collect_home(machine("one")) == {"leftovers": 0, "freed": 0}
+    monkeypatch.setattr(mirrors, "_GIVEN_UP_SECONDS", -60.0)
+    assert collect_home(machine("one"))["leftovers"] == 3
+    assert disk.read_regular(machine("two") / "ds/runs/abc/result.json") == b"2"
+
+
+def test_a_listing_passes_over_the_documents_of_many_shards(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "_PASSED", 2)
+    home = machine("one")
+    store = make_store(home)
+    for number in range(6):
+        add(store, number, [f"{number}"])
+    replace_file(home / "zz" / "dataset.parquet", b"last")
+    seen: list[str] = []
+    mirror = the_mirror(machine("two"))
+    original = mirror.place.list
+    monkeypatch.setattr(mirror.place, "list", lambda *args: (seen.append(e.key) or e for e in original(*args)))
+    assert [entry.key for entry in mirror._beyond_shards()][-1] == "home/zz/dataset.parquet"
+    assert len([key for key in seen if "/plan/" in key]) == 3
+
+
+def test_a_copy_that_was_cut_is_brought_again(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    rows = add(store, 0, ["a", "b"])
+    (store / "shards/000000/data.zarr/features/c/0/0").write_bytes(b"")
+    np.testing.assert_array_equal(FeatureStore(store).features[:], rows.features)
