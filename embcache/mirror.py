@@ -295,8 +295,13 @@ class Mirror:
         if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
         # One process of a machine at a time: of two, the one that read older bytes could be the last to write them.
-        with suppress(Timeout), FileLock(self.root / ".refresh.lock", timeout=_SETTLED_SECONDS):
+        lock = FileLock(self.root / ".refresh.lock")
+        with suppress(Timeout):  # a long listing of another process is not waited for for ever
+            lock.acquire(timeout=_SETTLED_SECONDS)
+        try:
             self._refresh(folder, whole)
+        finally:
+            lock.release()
         self._refreshed[folder] = time.monotonic()
 
     def _refresh(self, folder: Path | None, whole: bool) -> None:

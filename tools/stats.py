@@ -27,8 +27,8 @@ PROBING = {
 # Bounds that hold already; a measure without one is only printed.
 PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
-    "lines": 42_500,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
-    "files": 159,
+    "lines": 43_900,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
+    "files": 161,
     PROBES: 0,
     "files of more than 600 lines": 0,
     f"functions of more than {MOST_PARAMETERS} parameters": 0,
