@@ -177,7 +177,8 @@ class ExtractConfig(EngineConfig):
     workers: int | None = _workers()
     rows_per_shard: int | None = option(
         None, "Images that are computed and committed together in a new store; Ctrl-C waits for them. [default: 64 "
-        "on a CPU, 4096 on a GPU; more above 131,072 and 8,388,608 images]", least=1, most=1 << 20,
+        "on a CPU, 4096 on a GPU; more above 131,072 and 8,388,608 images; 4096 in an object store]", least=1,
+        most=1 << 20,
     )  # fmt: skip
     format: str | None = option(None, "File format of a new store. [default: zarr]", choices=("zarr", "hdf5"))
     part: tuple[int, int] | None = option(

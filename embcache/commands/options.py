@@ -215,7 +215,8 @@ _CACHE = [
 def _options(config: type[Config], choice: Skip) -> list[inspect.Parameter]:
     """Typer's options of a config; what is parsed, or made from several texts, is taken as text."""
     hints, options = get_type_hints(config), []
-    for f in fields(config):
+    # Its own first, then those that it shares with other configs.
+    for f in sorted(fields(config), key=lambda f: f.name not in vars(config).get("__annotations__", {})):
         known, default = option_of(f), f.default
         annotation: Any = hints[f.name]
         if known.flag == "-" or (f.name in choice.names) != isinstance(choice, Only):
