@@ -120,11 +120,10 @@ def _list_objects(place: Place, keys: Sequence[str]) -> list[tuple[str, FileStat
     found: list[tuple[str, FileState | None]] = []
     while len(found) < len(keys):
         passed = 0
-        # What is less than the key, and not much less.
-        for entry in place.list(folder, after=keys[len(found)][:-1].rstrip("./")):
+        for entry in place.list(folder, after=_before(keys[len(found)])):
             while len(found) < len(keys) and keys[len(found)] < entry.key:
                 found.append((keys[len(found)], None))
-            if len(found) == len(keys) or passed == _PASSED:
+            if len(found) == len(keys) or (passed >= _PASSED and _before(keys[len(found)]) > entry.key):
                 break
             passed += 1
             if entry.key == keys[len(found)]:
@@ -133,6 +132,11 @@ def _list_objects(place: Place, keys: Sequence[str]) -> list[tuple[str, FileStat
         else:
             found += [(key, None) for key in keys[len(found) :]]
     return found
+
+
+def _before(key: str) -> str:
+    """What is less than a key, and not much less."""
+    return key[:-1].rstrip("./")
 
 
 def _object_state(entry: Entry) -> FileState:

@@ -295,3 +295,14 @@ def test_tables_that_are_kept_in_partitions(local: Path, table: Path, tmp_path: 
     assert not reads
     there = {name: row for each in found for name, row in by_name(each.store).items()}
     assert equal(there, features(load(local), home))
+
+
+@pytest.mark.parametrize("asked", ["study/5", "study/59999", "ids/z", "study/5 ids/z study/absent"])
+def test_an_object_behind_very_many_others_is_found(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PASSED", 3)
+    url = f"memory://{tmp_path.name}"
+    place = open_place(url)
+    for name in ("ids/z", *(f"{folder}/{k}" for folder in ("ids", "study") for k in range(59990, 60000)), "study/5"):
+        place.put(name, b"x")
+    found = dict(stat_files(tmp_path, [f"{url}/{name}" for name in asked.split()]))
+    assert [path for path, state in found.items() if state is None] == [f"{url}/study/absent"] * ("absent" in asked)
