@@ -68,8 +68,8 @@ class Place(ABC):
         """Write an object, whole, whatever was there: under a key of this content alone, or the last writer wins."""
 
     @abstractmethod
-    def get(self, key: str) -> bytes:
-        """The bytes of an object, checked; FileNotFoundError where there is none."""
+    def get(self, key: str, most: int | None = None) -> bytes:
+        """The bytes of an object, checked; FileNotFoundError where there is none. More than ``most`` are not read."""
 
     @abstractmethod
     def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
@@ -103,9 +103,11 @@ class DiskPlace(Place):
         """See `Place.put`."""
         disk.replace_file(self.folder / check_key(key), data)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, most: int | None = None) -> bytes:
         """See `Place.get`."""
         try:
+            if most is not None:
+                _check_size(f"{self.url}/{key}", (self.folder / check_key(key)).stat().st_size, most)
             return disk.read_regular(self.folder / check_key(key))
         except NotADirectoryError as error:
             raise FileNotFoundError(errno.ENOENT, "no such file", key) from error
@@ -161,16 +163,19 @@ class ObjectPlace(Place):
 
         self._retried(attempt, key)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, most: int | None = None) -> bytes:
         """See `Place.get`."""
-        return self._retried(lambda: self._read(key), key, absent=True)
+        return self._retried(lambda: self._read(key, most), key, absent=True)
 
-    def _read(self, key: str) -> bytes:
+    def _read(self, key: str, most: int | None = None) -> bytes:
         import obstore
 
         result = obstore.get(self._store, check_key(key))
+        size = result.meta["size"]
+        if most is not None:
+            _check_size(f"{self.url}/{key}", size, most)
         data = bytes(result.bytes())
-        size, checksum = result.meta["size"], result.attributes.get(_CHECKSUM, _crc32c(data))
+        checksum = result.attributes.get(_CHECKSUM, _crc32c(data))
         if (len(data), _crc32c(data)) != (size, checksum):
             raise _DamagedError(f"{len(data)} bytes, crc32c {_crc32c(data)}; not {size} bytes, crc32c {checksum}")
         return data
@@ -267,6 +272,14 @@ class ObjectPlace(Place):
 
 class _DamagedError(Exception):
     """An object's bytes are not those that its checksum was taken from."""
+
+
+def _check_size(where: str, size: int, most: int) -> None:
+    if size > most:
+        raise StoreError(
+            "an object is too large to be read whole", code="place-too-large", expected=f"at most {most:,} bytes",
+            found=f"{size:,} bytes", where=where, fix="check what was stored under this address",
+        )  # fmt: skip
 
 
 def _crc32c(data: bytes) -> str:

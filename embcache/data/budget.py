@@ -74,7 +74,8 @@ class Budget:
                 self._free.notify_all()
 
 
-_shared = Budget(_MOST + (1 << 30))
+SHARED = Budget(_MOST + (1 << 30))
+"""One for all threads of the process."""
 
 
 def check_max_pixels(value: int | str | None = None) -> int:
@@ -93,7 +94,7 @@ class Decoding:
     """How the images of one run are decoded."""
 
     max_pixels: int = field(default_factory=check_max_pixels)
-    budget: Budget = _shared  # default: one for all threads of the process
+    budget: Budget = SHARED
     _noted: dict[str, list[str]] = field(default_factory=dict)
 
     def check_size(self, width: int, height: int) -> None:

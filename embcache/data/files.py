@@ -14,11 +14,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
-from embcache.errors import DatasetError, first_few
+from embcache.data.budget import SHARED, Budget, too_large
+from embcache.errors import DatasetError, ImageError, StoreError, first_few
 from embcache.places import Entry, Place, open_place, split_url
 
 # What Pillow and pydicom read of what lies in image collections; other files in class folders are counted, not read.
@@ -33,6 +35,8 @@ MOST_LEVELS = 64
 
 # `IM000001`, `1.2.840.113619`, `I0000001.IMA`: scanners and archives name DICOM files so. Their content decides.
 _UNNAMED = re.compile(r"[^.]+|.*\.(?:\d+|ima|acr|dc3)", re.IGNORECASE)
+LARGE_FILE, LARGEST_FILE = 1 << 26, 1 << 32
+"""Bytes of a file that is read while no other image is decoded; and that none may have that is read whole."""
 _MOST_FILES = 500_000  # of a root that are looked through for a near miss
 
 
@@ -93,12 +97,41 @@ def is_object(path: str) -> bool:
     return path.startswith(_OBJECTS)
 
 
-def open_file(root: Path, path: str) -> io.BytesIO | io.BufferedReader:
-    """A file below ``root``, or an object read whole; FileNotFoundError where there is none."""
+@contextmanager
+def open_file(root: Path, path: str, budget: Budget = SHARED) -> Iterator[io.BytesIO | io.BufferedReader]:
+    """A file below ``root``, or an object read whole, a large one while the budget is held; FileNotFoundError if none.
+
+    `ImageError` for an object of more bytes than any file may have that is decoded.
+    """
     if not is_object(path):
-        return (root / path).open("rb")
+        with (root / path).open("rb") as file:
+            yield file
+        return
     bucket, key = split_url(path)
-    return io.BytesIO(open_place(bucket).get(key))
+    place = open_place(bucket)
+    with ExitStack() as held:
+        try:
+            data = place.get(key, most=LARGE_FILE)
+        except StoreError as error:
+            if error.code != "place-too-large":
+                raise
+            held.enter_context(budget.hold())
+            data = _get_large(place, key)
+        yield io.BytesIO(data)
+
+
+def _get_large(place: Place, key: str) -> bytes:
+    try:
+        return place.get(key, most=LARGEST_FILE)
+    except StoreError as error:
+        if error.code != "place-too-large":
+            raise
+        raise file_too_large(error.found or "") from error
+
+
+def file_too_large(size: str) -> ImageError:
+    """The error for a file of more than `LARGEST_FILE` bytes."""
+    return too_large(f"too large: a file of {size}, more than {LARGEST_FILE:,}: cut it into tiles")
 
 
 def _stat_objects(urls: Iterable[str]) -> Iterator[tuple[str, FileState | None]]:

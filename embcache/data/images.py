@@ -16,7 +16,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,10 +25,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
-from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, reasons, too_large
+from embcache.data.budget import MAX_PIXELS, MOST_PIXELS, Decoding, broken, quiet, reasons
 from embcache.data.containers import place_pixels, place_size
 from embcache.data.dicom import decode_dicom, dicom_size, is_dicom
-from embcache.data.files import is_inside, is_object, open_file, refuse_outside
+from embcache.data.files import (
+    LARGE_FILE,
+    LARGEST_FILE,
+    file_too_large,
+    is_inside,
+    is_object,
+    open_file,
+    refuse_outside,
+)
 from embcache.data.formats import (
     SIGNATURE,
     decode_page,
@@ -64,7 +72,6 @@ _TRANSPOSE = {
 }
 _BLOCK = 1 << 22  # pixels converted at a time: what is made of an image at the limit must not take gigabytes
 _PER_PIXEL = 30  # bytes, at most: 16-bit PNG; of a progressive JPEG coefficients, Pillow's pixels, turned ones and ours
-_LARGE_FILE, _LARGEST_FILE = 1 << 26, 1 << 32
 _FIRST = "the first of several frames or pages is used"
 _FAILED = "cannot be decoded"
 
@@ -155,12 +162,12 @@ def read_image(
     if place:
         pixels = place_pixels(_resolve(dataset_root, path), place, decoding)
         return pixels, hashlib.sha256(pixels.tobytes()).hexdigest()
-    with _open_file(dataset_root, path) as file:
+    with _open_file(dataset_root, path, decoding) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if size > _LARGEST_FILE:
-            raise too_large(f"too large: a file of {size:,} bytes, more than {_LARGEST_FILE:,}: cut it into tiles")
-        with decoding.budget.hold() if size > _LARGE_FILE else contextlib.nullcontext():
+        if size > LARGEST_FILE:
+            raise file_too_large(f"{size:,} bytes")
+        with decoding.budget.hold() if size > LARGE_FILE else contextlib.nullcontext():
             data = file.read()
             digest = hashlib.sha256(data).hexdigest()
             try:
@@ -179,7 +186,7 @@ def read_size(dataset_root: Path | str, path: str, place: str = "") -> tuple[int
     decoding = Decoding(MOST_PIXELS)
     if place:
         return place_size(_resolve(dataset_root, path), place, decoding)
-    with _open_file(dataset_root, path) as file:
+    with _open_file(dataset_root, path, decoding) as file:
         head = file.read(132)
         if not head:
             raise broken("the file is empty")
@@ -218,16 +225,20 @@ def _resolve(dataset_root: Path | str, path: str) -> str:
     return real
 
 
-def _open_file(dataset_root: Path | str, path: str) -> IO[bytes]:
-    try:
-        if is_object(path):
-            return open_file(Path(), path)
-        real = _resolve(dataset_root, path)
-        if not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH116
-            raise ImageError("not a regular file", code="image-missing")
-        return open(real, "rb")  # noqa: PTH123
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("the file is not there", code="image-missing") from error
+@contextlib.contextmanager
+def _open_file(dataset_root: Path | str, path: str, decoding: Decoding) -> Iterator[IO[bytes]]:
+    with contextlib.ExitStack() as opened:
+        try:
+            if is_object(path):
+                file = opened.enter_context(open_file(Path(), path, decoding.budget))
+            else:
+                real = _resolve(dataset_root, path)
+                if not stat.S_ISREG(os.stat(real).st_mode):  # noqa: PTH116
+                    raise ImageError("not a regular file", code="image-missing")
+                file = opened.enter_context(open(real, "rb"))  # noqa: PTH123
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ImageError("the file is not there", code="image-missing") from error
+        yield file
 
 
 def _open_with_less(file: IO[bytes]) -> Image.Image:

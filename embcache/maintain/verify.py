@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import open_file
+from embcache.data.files import is_object, open_file
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
 from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
@@ -339,4 +339,4 @@ def digest_now(root: Path, source: ImageRef) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ImageError:
-        return "" if (root / source.path).is_file() else None
+        return "" if is_object(source.path) or (root / source.path).is_file() else None

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import AbstractContextManager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from embcache import places
 from embcache.config import DatasetRef
 from embcache.data import files
+from embcache.data.budget import Budget
 from embcache.data.dataset import ImageDataset, find_dataset, load_dataset
 from embcache.data.files import FileState, stat_files
-from embcache.data.images import read_image, read_size
+from embcache.data.images import ImageRef, read_image, read_size
 from embcache.data.partitioned import load_partitioned
 from embcache.errors import DatasetError, EmbcacheError, ImageError, StoreError, UsageError
 from embcache.extract import recipes
 from embcache.extract import scan as scanning
-from embcache.maintain.verify import check_source
+from embcache.maintain.verify import check_source, digest_now
 from embcache.places import ObjectPlace, Place, open_place
 from embcache.results.predict import list_images
 from embcache.store.feature_store import FeatureStore
@@ -37,9 +41,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each object is read."""
     counts, get = Counter[str](), ObjectPlace.get
 
-    def counted(self: ObjectPlace, key: str) -> bytes:
+    def counted(self: ObjectPlace, key: str, most: int | None = None) -> bytes:
         counts[key] += 1
-        return get(self, key)
+        return get(self, key, most)
 
     monkeypatch.setattr(ObjectPlace, "get", counted)
     return counts
@@ -298,7 +302,7 @@ def test_tables_that_are_kept_in_partitions(local: Path, table: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("asked", ["study/5", "study/59999", "ids/z", "study/5 ids/z study/absent"])
-def test_an_object_behind_very_many_others_is_found(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_behind_very_many_others_are_found(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_PASSED", 3)
     url = f"memory://{tmp_path.name}"
     place = open_place(url)
@@ -306,3 +310,30 @@ def test_an_object_behind_very_many_others_is_found(asked: str, tmp_path: Path, 
         place.put(name, b"x")
     found = dict(stat_files(tmp_path, [f"{url}/{name}" for name in asked.split()]))
     assert [path for path, state in found.items() if state is None] == [f"{url}/study/absent"] * ("absent" in asked)
+
+
+def test_an_object_is_not_read_before_its_size_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, held = f"memory://{tmp_path.name}/a.png", list[int | None]()
+    draw(tmp_path / "a.png", 1)
+    size = (tmp_path / "a.png").stat().st_size
+    open_place(f"memory://{tmp_path.name}").put("a.png", (tmp_path / "a.png").read_bytes())
+    hold = Budget.hold
+
+    def counted(self: Budget, need: int | None = None) -> AbstractContextManager[None]:
+        held.append(need)
+        return hold(self, need)
+
+    monkeypatch.setattr(Budget, "hold", counted)
+    monkeypatch.setattr(files, "LARGE_FILE", size - 1)
+    assert np.array_equal(read_image(tmp_path, url)[0], read_image(tmp_path, "a.png")[0])
+    held.clear()
+    assert read_size(tmp_path, url) == read_size(tmp_path, "a.png")
+    assert digest_now(tmp_path, ImageRef("a", url, "")) == sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    assert held == [None, None]
+    monkeypatch.setattr(files, "LARGEST_FILE", size - 1)
+    monkeypatch.setattr(places, "_crc32c", lambda data: pytest.fail("the object was read"))
+    for read in (read_image, read_size):
+        with pytest.raises(ImageError, match=f"too large: a file of {size:,} bytes, more than") as error:
+            read(tmp_path, url)
+        assert error.value.code == "image-too-large"
+    assert digest_now(tmp_path, ImageRef("a", url, "")) == ""
