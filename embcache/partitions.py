@@ -46,6 +46,7 @@ class Partition:
     current: tuple[str, ...]  # digests of all partitions
     total: int  # images of all partitions
     sizes: tuple[tuple[int, int], ...] = ()  # that decide the transform, see `embcache.extract.scan.read_sizes`
+    bad: int = 0  # images of earlier partitions that are quarantined
 
 
 def partition_path(dataset_dir: Path, digest: str) -> Path:

@@ -156,7 +156,8 @@ def extract(
     devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
     workers, ray = config.workers or max(1, default_workers() // len(devices)), config.engine == "ray"
     others = _configs_of_others(backbones, devices, config, workers)
-    quarantine = Quarantine(len(dataset), dataset.table["id"].tolist, image_root(dataset), config)
+    digest, bad = (dataset.part.digest, dataset.part.bad) if dataset.part else ("", 0)
+    quarantine = Quarantine(dataset.total, dataset.table["id"].tolist, image_root(dataset), config, bad)
     with ThreadPoolExecutor(workers) as pool:
         files = scan_dataset(dataset, home, pool, decoding)
         models = _models(backbones, dataset, files, config, home)
@@ -189,7 +190,7 @@ def extract(
                 _stage_pixels(networks, owed, dataset, files, config, home=home, stop=stop)
             cached = _cached_pixels(networks, owed, dataset, files)
             job = FeatureJob(
-                dataset.name, len(dataset), dataset.part.digest if dataset.part else "", tuple(backbones),
+                dataset.name, dataset.total, digest, bad, tuple(backbones),
                 Traits.of(dataset, files), config.to_json(),
                 home=portable_home(home), root=str(files.root), threads=threads,
                 stores=tuple((each.store.path.name, each.runtime) for each in owed),
@@ -269,7 +270,9 @@ def _extract_parts(
                 break
             stop.complete = False
             seen += len(part)
-            each = extract(part, backbones, config, home=home, stop=stop)
+            bad = max((len(one.quarantined) for one in done), default=0)
+            known = replace(part, part=part.part and replace(part.part, bad=bad))
+            each = extract(known, backbones, config, home=home, stop=stop)
             done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
     rest = len(dataset) - seen
     return [

@@ -44,8 +44,9 @@ class FeatureJob(ShardJob):
     """The features of images under some backbones. Without ``here`` it is plain data, for other processes."""
 
     dataset: str  # name
-    images: int  # of the dataset, or of the partition
+    images: int  # of the dataset
     partition: str  # its digest, where they are those of one
+    bad: int  # images of earlier partitions that are quarantined
     backbones: tuple[str | Backbone, ...]
     traits: Traits
     config: Mapping[str, Any]  # of the extraction, as JSON
@@ -89,7 +90,7 @@ class FeatureJob(ShardJob):
                 )  # fmt: skip
             check_canaries(store.path, network)
             networks[index] = network.executed_by(runtime, kept_conversion(network, self.home))
-        quarantine = Quarantine(self.images, self._ids, Path(self.root), config)
+        quarantine = Quarantine(self.images, self._ids, Path(self.root), config, self.bad)
         pixels = {key: CurrentPixels.open(self._folder / name, stale) for key, name, stale in self.pixels}
         return Here(networks, pixels, Decoding(check_max_pixels(config.max_pixels)), quarantine)
 

@@ -52,10 +52,16 @@ def parse_max_bad(value: int | str, images: int) -> int:
 
 
 class Quarantine:
-    """Judges the unusable images of one run over a number of images: every shard is checked before it is committed."""
+    """Judges the unusable images of one run over a number of images: every shard is checked before it is committed.
 
-    def __init__(self, images: int, ids: Callable[[], Sequence[str]], root: Path, config: ExtractConfig) -> None:
+    ``elsewhere`` are those that are quarantined already and not among ``ids``.
+    """
+
+    def __init__(
+        self, images: int, ids: Callable[[], Sequence[str]], root: Path, config: ExtractConfig, elsewhere: int = 0
+    ) -> None:
         self._images, self._list_ids, self._root, self._config = images, ids, root, config
+        self._elsewhere = elsewhere
         self._allowed = parse_max_bad(config.max_bad, images)
         self._folder = _identity(root)
         self._tallies: dict[Path, _Tally] = {}
@@ -82,19 +88,20 @@ class Quarantine:
             tally = self._tallies.setdefault(store.path, _Tally(store, self._ids))
             again = set(each.ids)  # rows of the same images that were there are superseded
             before = {image: why for image, why in tally.bad().items() if image not in again}
-            if len(before) + len(bad) > self._allowed:
+            if self._elsewhere + len(before) + len(bad) > self._allowed:
                 raise self._too_many(store, {**bad, **before}, len(bad))
 
     def _too_many(self, store: FeatureStore, bad: Mapping[str, str], new: int) -> DatasetError:
+        total = self._elsewhere + len(bad)
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
-        if len(bad) > _SHOWN:
-            lines.append(f"… and {len(bad) - _SHOWN:,} more")
+        if total > len(lines):
+            lines.append(f"… and {total - len(lines):,} more")
         return DatasetError(
-            f"too many images cannot be used: {len(bad):,} of {self._images:,} ({new:,} of them in the current "
+            f"too many images cannot be used: {total:,} of {self._images:,} ({new:,} of them in the current "
             "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",
             fix="repair or remove them and run the same command: what is committed stays; or accept more of them: "
-            f"the same command with --max-bad {len(bad)}",
+            f"the same command with --max-bad {total}",
         )  # fmt: skip
 
     def _check_root(self, source: ImageRef) -> None:

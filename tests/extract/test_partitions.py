@@ -247,14 +247,28 @@ def test_parts_of_a_run_together_are_the_whole(root: Path, home: Path, tmp_path:
 def test_missing_and_broken_images_are_quarantined_and_tried_again(root: Path, home: Path) -> None:
     (root / "002.png").write_bytes(b"no image")
     (root / "040.png").unlink()
-    done = go(load(root), max_bad=1)  # of each partition
+    done = go(load(root), max_bad=2)
     assert sorted(done.quarantined) == ["002", "040"]
-    assert facts(go(load(root), max_bad=1)) == (0, 60, 0, 0, 0)
-    assert go(load(root), max_bad=1, retry_quarantined=True).retried == 2
+    assert facts(go(load(root), max_bad=2)) == (0, 60, 0, 0, 0)
+    assert go(load(root), max_bad=2, retry_quarantined=True).retried == 2
     draw(root / "040.png", 40)
-    done = go(load(root), max_bad=1)
+    done = go(load(root), max_bad=2)
     assert facts(done) == (1, 59, 0, 1, 0)
     assert sorted(done.quarantined) == ["002"]
+
+
+@pytest.mark.parametrize("limit", [2, "4%"])
+@pytest.mark.usefixtures("home")
+def test_unusable_images_are_counted_over_all_partitions(limit: int | str, root: Path) -> None:
+    for name in ("002", "003"):
+        (root / f"{name}.png").write_bytes(b"no image")
+    assert sorted(go(load(root), max_bad=limit).quarantined) == ["002", "003"]
+    (root / "040.png").write_bytes(b"no image")
+    with refused(DatasetError, "too-many-bad-images") as caught:
+        go(load(root), max_bad=limit)
+    assert "3 of 60" in caught.value.problem
+    assert "--max-bad 3" in str(caught.value.fix)
+    assert len(go(load(root), max_bad=3).quarantined) == 3
 
 
 def test_links_are_followed_inside_the_root_and_nowhere_else(root: Path, home: Path, tmp_path: Path) -> None:
