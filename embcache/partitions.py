@@ -11,6 +11,7 @@ whichever library writes it, and what is read is compared with the name. Plans r
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embcache.errors import CorruptStoreError
-from embcache.io import list_folder, read_regular, replace_file
+from embcache.io import cache_file, mirror_of, read_regular, replace_file
 from embcache.sealed import canonical_json, open_parquet, parse, typed
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def write_partition(dataset_dir: Path, table: pa.Table) -> str:
     columns = [[name, _digest(table[name])] for name in table.column_names]
     digest = _name(table.num_rows, columns)
     try:
-        read_partition(dataset_dir, digest)
+        read_partition(dataset_dir, digest, anew=True)
     except CorruptStoreError:  # not there, or damaged
         sink = io.BytesIO()
         described = table.replace_schema_metadata({_META: canonical_json([table.num_rows, columns])})
@@ -70,13 +71,22 @@ def write_partition(dataset_dir: Path, table: pa.Table) -> str:
     return digest
 
 
-def read_partition(dataset_dir: Path, digest: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a partition, or some of their columns; `CorruptStoreError` unless they are those of its name."""
+def read_partition(
+    dataset_dir: Path, digest: str, columns: Sequence[str] | None = None, *, anew: bool = False
+) -> pa.Table:
+    """Rows of a partition, or some of their columns; `CorruptStoreError` unless they are those of its name.
+
+    In an object store they are read from the copy on this machine, or ``anew``.
+    """
     import pyarrow as pa
 
     path = partition_path(dataset_dir, digest)
+    mirror = mirror_of(path) if anew else None
     try:
-        file, table = open_parquet(read_regular(path), None if columns is None else [*columns], MOST_ROWS)
+        data = read_regular(path) if mirror is None else mirror.read(path)
+        if data is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
+        file, table = open_parquet(data, None if columns is None else [*columns], MOST_ROWS)
         rows, found = typed(tuple[int, list[tuple[str, str]]], parse((file.schema_arrow.metadata or {})[_META]), "")
         names = [name for name, _ in found]
         if (rows, names) != (file.metadata.num_rows, file.schema_arrow.names) or table.num_rows != rows:
@@ -86,6 +96,8 @@ def read_partition(dataset_dir: Path, digest: str, columns: Sequence[str] | None
         for name in table.column_names:
             if _digest(table[name]) != dict(found)[name]:
                 raise ValueError(f"other values in column {name!r}")
+        if mirror is not None:
+            cache_file(path, data)
         return table.replace_schema_metadata(None)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         absent = isinstance(error, FileNotFoundError)
@@ -115,15 +127,14 @@ def _ids_and_places(path: Path, digest: str, _: tuple[int, ...]) -> pa.Table:
     return read_partition(path.parents[1], digest, ["id", "place"]).combine_chunks()
 
 
-def partitions_problem(dataset_dir: Path) -> str | None:
-    """What is wrong with the partitions of a dataset, empty where nothing is; None for a dataset without."""
-    names = [name for entry in list_folder(dataset_dir / "partitions") if is_partition(name := entry.name[:-8])]
-    for name in names:
+def partitions_problem(dataset_dir: Path, digests: Sequence[str]) -> str:
+    """What is wrong with some partitions of a dataset; empty where nothing is."""
+    for name in digests:
         try:
-            read_partition(dataset_dir, name)
+            read_partition(dataset_dir, name, anew=True)
         except CorruptStoreError as error:
             return f"{name}: {error.problem}: {error.found}"
-    return "" if names else None
+    return ""
 
 
 def is_partition(digest: object) -> bool:

@@ -7,7 +7,7 @@ are UTF-8, splits are known. Neither files nor equal images are looked for at lo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,17 +129,30 @@ def find_partitioned(
     return load_partitioned(kept.ref.data_root or "", home=home, ref=kept.ref, places=kept.places, rows=kept.rows)
 
 
-def check_partitions(dataset_dir: Path, home: PathLike | None, repair: bool) -> dict[str, Any] | None:
-    """What `embcache verify` says of the partitions of a dataset; None for one without. Repair reads the table anew."""
-    problem = partitions_problem(dataset_dir)
-    repaired = False
+def check_partitions(
+    dataset_dir: Path, home: PathLike | None, repair: bool, planned: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """What `embcache verify` says of the partitions of a dataset, and of those that its stores have planned.
+
+    None for a dataset without. Repair reads the table anew.
+    """
+    problem, repaired = _partitions_problem(dataset_dir, home, planned), False
     if problem and repair:
         with suppress(EmbcacheError):
             repaired = find_partitioned(dataset_dir.name, home=home) is not None
-        problem = partitions_problem(dataset_dir) if repaired else problem
+        problem = _partitions_problem(dataset_dir, home, planned) if repaired else problem
     return problem if problem is None else {
         "path": str(dataset_dir / "partitions"), "problem": problem, "repaired": repaired,
     }  # fmt: skip
+
+
+def _partitions_problem(dataset_dir: Path, home: PathLike | None, planned: Collection[str]) -> str | None:
+    try:
+        kept = kept_table(dataset_dir.name, home)
+    except DatasetError as error:
+        return f"{error.problem}: {error.found}"
+    digests = {*planned, *(kept.partitions if kept else ())}
+    return partitions_problem(dataset_dir, sorted(digests)) if digests else None
 
 
 def load_partitioned(
@@ -190,7 +203,8 @@ def load_partitioned(
             )
         _refuse_repeated(folder, list(partitions), hashes, where=origin)
     known = DatasetRef.make(ref, {"name": name, "data_root": origin}).to_json()
-    keep_file(kept_table_path(name, home), seal({"ref": known, "places": places, "rows": rows}))
+    kept = {"ref": known, "places": places, "rows": rows, "partitions": list(partitions)}
+    keep_file(kept_table_path(name, home), seal(kept))
     notes = [f"{sum(partitions.values()):,} rows are read in {len(partitions):,} partitions", *reader.notes]
     return PartitionedDataset(name, reader.root, origin, class_names, folder, partitions, labels, ref, tuple(notes))
 

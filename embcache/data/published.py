@@ -19,6 +19,7 @@ from embcache.config import DatasetRef
 from embcache.data.files import TABLE_SUFFIXES
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
 from embcache.io import read_regular
+from embcache.partitions import is_partition
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, slug
 from embcache.registry import Registry
 from embcache.sealed import open_parquet, parse, read_sealed, typed
@@ -214,6 +215,7 @@ class KeptTable:
     ref: DatasetRef
     places: str
     rows: int
+    partitions: tuple[str, ...]  # digests
 
 
 def kept_table_path(name: str, home: PathLike | None = None) -> Path:
@@ -226,9 +228,11 @@ def kept_table(name: str, home: PathLike | None = None) -> KeptTable | None:
     path = kept_table_path(name, home)
     try:
         known = read_sealed(path, "embcache extract --data-root TABLE")
-        return KeptTable(
-            DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places"), typed(int, known["rows"], "rows")
-        )
+        partitions = typed(tuple[str, ...], known["partitions"], "partitions")
+        if not all(map(is_partition, partitions)):
+            raise ValueError("partitions: other names than theirs")
+        ref, places = DatasetRef.from_json(known["ref"]), typed(str, known["places"], "places")
+        return KeptTable(ref, places, typed(int, known["rows"], "rows"), partitions)
     except FileNotFoundError:
         return None
     except (KeyError, ValueError, OSError, UsageError) as error:

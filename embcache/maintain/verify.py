@@ -16,7 +16,7 @@ from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
 from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
 from embcache.maintain.listing import STORE_NAME, VIEWS
-from embcache.store.feature_store import FeatureStore
+from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
     CANARIES,
@@ -25,6 +25,7 @@ from embcache.store.reading import (
     misplaced,
     plan_numbers,
     plan_path,
+    range_of,
     read_canaries,
     read_features,
     read_header,
@@ -324,6 +325,16 @@ def check_source(
     # Those that were quarantined had no features, maybe for the same reason.
     gone = tuple(id_ for id_ in missing if id_ not in store.quarantined)
     return SourceCheck(len(sources), tuple(changed), gone, len(held) - len(sources))
+
+
+def planned_partitions(dataset_dir: Path) -> set[str]:
+    """Partitions that plans of a dataset's stores name, as far as they can be read."""
+    found = set[str]()
+    for store in store_folders(dataset_dir.parent, dataset_dir.name):
+        for number in plan_numbers(store):
+            with suppress(StoreError):  # reported with the store
+                found.add(range_of(store, number)[0])
+    return found - {""}
 
 
 def digest_now(root: Path, source: ImageRef) -> str | None:

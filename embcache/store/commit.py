@@ -264,7 +264,7 @@ def refresh_view(store: Path) -> bool:
     store = Path(store)
     if mirror := disk.mirror_of(store):
         mirror.fold(store, reading.committed_numbers(store))
-    if (store.parent / "partitions").is_dir():  # it would hold millions of IDs, and be written for each partition
+    if (store.parent / "partitions.json").is_file():  # it would hold millions of IDs, and be written for each partition
         return False
     if view_is_current(store, reading.read_header(store)):
         disk.remove_leftovers(store / "staging", "view-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from embcache.data.dataset import find_dataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, check_partitions, find_partitioned, load_partitioned
 from embcache.errors import CorruptStoreError, DatasetError
 from embcache.partitions import partition_rows, read_partition
+from embcache.sealed import read_sealed, seal
 from tests.refusal import refused
 
 
@@ -188,6 +190,25 @@ def test_verify_looks_at_partitions_and_repairs_them(tmp_path: Path, home: Path)
     found = check_partitions(home / "d", None, True)
     assert found is not None
     assert digest in found["problem"]
+
+
+def test_partitions_that_are_lost_are_told_whoever_names_them(tmp_path: Path, home: Path) -> None:
+    dataset, kept = load_partitioned(write(tmp_path / "t.parquet", table()), rows=16, name="d"), home / "d"
+    shutil.rmtree(kept / "partitions")
+    found = check_partitions(kept, None, False)
+    assert found is not None
+    assert "a partition of a dataset is missing" in found["problem"]
+    content = read_sealed(kept / "partitions.json", "")
+    for hostile in ("../x", ["../../x"], [1]):
+        (kept / "partitions.json").write_bytes(seal({**content, "partitions": hostile}))
+        found = check_partitions(kept, None, False)
+        assert found is not None
+        assert "cannot be read" in found["problem"]
+    (kept / "partitions.json").unlink()
+    assert check_partitions(kept, None, False) is None
+    found = check_partitions(kept, None, False, list(dataset.partitions)[:1])  # of a plan
+    assert found is not None
+    assert "missing" in found["problem"]
 
 
 def test_only_large_tables_are_read_so_and_others_refuse_what_they_cannot_hold(

@@ -26,6 +26,8 @@ from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
 from embcache.maintain.gc import collect
 from embcache.mirror import open_mirror
+from embcache.places import open_place
+from embcache.store.commit import refresh_view
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.reading import plan_numbers, plan_path, range_of
 from tests.commands.shell import answer, embcache
@@ -356,6 +358,46 @@ def test_a_home_in_an_object_store_is_shared(
     assert [entry.id for entries in found.plans().values() for entry in entries] == LONG
     assert len(list((tmp_path / "three").rglob("partitions/*.parquet"))) == 2
     assert rows(found) == rows(go(load(root)).store)
+    open_mirror.cache_clear()
+
+
+def test_partitions_in_an_object_store_are_verified_there_and_written_anew(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr(disk, "_MIRRORS", {})
+    shared = f"memory://{tmp_path.name}/lab"
+
+    def become(machine: str) -> None:
+        open_mirror.cache_clear()
+        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / machine))
+
+    def verify(machine: str, *words: str) -> tuple[int, str]:
+        become(machine)
+        done = embcache("verify", "--home", shared, *words)
+        return done.exit_code, " ".join(done.output.split())
+
+    become("one")
+    dataset = load_partitioned(root / "t.parquet", name="d", rows=ROWS, home=shared)
+    (done,) = extract(dataset, ["random"], home=shared)
+    place = open_place(shared)
+    first, second = (f"home/d/partitions/{digest}.parquet" for digest in dataset.partitions)
+    for machine in ("one", "two"):
+        become(machine)
+        assert not refresh_view(list_stores(shared, "d")[0].path)
+        code, said = verify(machine)
+        assert code == 0, said
+    for spoil in (lambda: place.delete(first), lambda: place.put(second, b"junk")):
+        spoil()
+        for machine in ("one", "three"):
+            code, said = verify(machine)
+            assert code == 1
+            assert "a partition of a dataset is" in said
+            assert "dataset.parquet" not in said
+        verify("one", "--repair")
+        code, said = verify("four")
+        assert code == 0, said
+    assert done.computed == 60
     open_mirror.cache_clear()
 
 
