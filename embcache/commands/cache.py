@@ -166,7 +166,7 @@ def _described(answer: StoreInfo) -> list[tuple[str, object]]:
         ),
         ("format", f"{store.format}, {size_words(summary.bytes)}"),
         ("path", store.path),
-        ("plain readers", answer.view or "no view: embcache extract writes it, but not of partitions"),
+        ("plain readers", answer.view or "no view: embcache extract writes it; none for datasets in partitions"),
     ]  # fmt: skip
 
 
