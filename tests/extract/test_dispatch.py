@@ -15,15 +15,16 @@ from embcache.errors import EmbcacheError
 from embcache.extract.engines import dispatch
 from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
 from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, ShardOutcome
-from embcache.extract.engines.local import Stop
+from embcache.extract.engines.local import Stop, Worker
 from embcache.extract.extract import extract
 from embcache.extract.scan import Plan, Shard
 from embcache.log import shown
+from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.slow_net import slow
 from tests.refusal import refused
-from tests.store.build import add, make_store
+from tests.store.build import add, make_rows, make_store
 
 Answer = Ready | ShardOutcome | Lost | EmbcacheError
 
@@ -221,6 +222,19 @@ def test_a_stop_lets_what_is_handed_out_end_and_hands_out_no_more(owed: OwedShar
     pool = Paper(owed.stores[0].path, script={1: ["stop"]}, stop=Stop())
     computed, _ = carry_out(pool, owed)
     assert 1 <= len(computed) == len(pool.given) <= 2
+
+
+def test_who_loses_a_race_for_a_shard_has_computed_nothing(owed: OwedShards) -> None:
+    store = owed.stores[0]
+    ((key, stores), *_) = owed.waiting.items()
+
+    def compute(shard: OwedShard, **_: object) -> list[ShardRows]:
+        ids = [source.id for source in shard.sources]
+        add(store.path, shard.number, ids)  # another process is quicker, and the lease was too old
+        return [make_rows(ids, seed=9)]
+
+    outcome = Worker([store], compute).run(owed.shard(key, stores))
+    assert outcome == ShardOutcome((0,), ())
 
 
 def test_a_worker_has_one_device_and_builds_its_networks_by_name(tmp_path: Path) -> None:
