@@ -65,7 +65,8 @@ class Paper(WorkerPool):
         self.given.append((worker, shard.number))
         words = self.script.get(worker, [])
         word = words.pop(0) if words else "done"
-        if word in ("done", "commits and is lost"):
+        self.nodes += word == "another node joins"
+        if word in ("done", "commits and is lost", "another node joins"):
             add(self.store, shard.number, [source.id for source in shard.sources])
         if "lost" in word:
             self.nodes -= "node" in word
@@ -167,6 +168,13 @@ def test_of_a_lost_node_there_is_one_line(owed: OwedShards) -> None:
     computed, said = carry_out(pool, owed)
     assert sorted(computed) == [0, 1, 2, 3]
     assert len(said) == 1
+
+
+def test_a_worker_whose_node_vanishes_while_it_opens_is_replaced(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["was on the node"], 2: ["done", "another node joins"]})
+    computed, said = carry_out(pool, owed)
+    assert (sorted(computed), said) == ([0, 1, 2, 3], [])
+    assert pool._started == 3
 
 
 def test_when_all_are_gone_what_is_left_is_named(owed: OwedShards) -> None:
