@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,19 @@ from embcache.commands.options import Skip, check_named, command
 from embcache.commands.output import echo
 from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
 from embcache.errors import UsageError
+from embcache.mirror import cache_bytes, cache_dir
 from embcache.paths import portable_home
 
 _ARRAY = """\
-# Each job computes its own shards; all write into one home, which must be on a disk that they share.
+# Each job computes its own shards; all write into one home, on a disk that they share or in an object store.
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 # The scheduler's SIGTERM reaches embcache, which commits its shard; submitted again, the job continues from there.
-exec {command} --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+exec {command} --part "$SLURM_ARRAY_TASK_ID/{jobs}"
 """
 
 _RAY = """\
-# One Ray node per Slurm node, and a driver beside the first; the home must be on a disk that they share.
+# One Ray node per Slurm node, and a driver beside the first; the home is on a disk that they share or in an
+# object store.
 set -euo pipefail
 export OMP_NUM_THREADS={threads} RAY_USAGE_STATS_ENABLED=0
 # Who reaches the ports of a cluster can run programs on it: only processes of this job know the token.
@@ -93,6 +96,10 @@ def batch_script(
     words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]
     words += ["--dataset", dataset, *ref.words(), *config.words()]
     words += ["--home", portable_home(home)]
+    if "EMBCACHE_CACHE_DIR" in os.environ:
+        words += ["--cache-dir", str(cache_dir().absolute())]
+    if "EMBCACHE_CACHE_SIZE" in os.environ:
+        words += ["--cache-size", str(cache_bytes())]
     shape: dict[str, object] = {"nodes": slurm.jobs, "ntasks-per-node": 1} if ray else {"array": f"1-{slurm.jobs}"}
     lines = {
         "job-name": "embcache", **shape,
@@ -100,5 +107,5 @@ def batch_script(
         "mem": slurm.memory, "partition": slurm.partition, "account": slurm.account, "signal": "B:TERM@120",
     }  # fmt: skip
     asked = "".join(f"#SBATCH --{name}={value}\n" for name, value in lines.items() if value is not None)
-    body = (_RAY if ray else _ARRAY).format(command=shlex.join(words), threads=config.cpus_per_worker)
+    body = (_RAY if ray else _ARRAY).format(command=shlex.join(words), threads=config.cpus_per_worker, jobs=slurm.jobs)
     return f"#!/bin/bash\n{asked}#SBATCH --requeue\n\n{body}"

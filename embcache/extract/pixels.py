@@ -33,7 +33,7 @@ from embcache.extract.engines.local import LocalEngine, Worker
 from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
 from embcache.extract.worker import prepare_batches
 from embcache.log import log
-from embcache.paths import PathLike, home_dir, slug
+from embcache.paths import PathLike, home_dir, portable_home, slug
 from embcache.store.commit import ShardRows, create_store, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.schema import Recipe
@@ -112,8 +112,11 @@ def cache_pixels(
             room = owed * prod(row_shape) / 1e9
             log.info(f"{owed:,} images are decoded once and kept as {size} pixels: {room:.2f} GB in {store.path}")
         limits = decoding or Decoding()
-        job = PixelJob(str(files.root), framing, path, workers or default_workers(), limits.max_pixels, limits)
         engine = engine or LocalEngine(f"decode {dataset.name}")
+        threads = workers or (default_workers() if isinstance(engine, LocalEngine) else 1)
+        job = PixelJob(
+            str(files.root), framing, portable_home(home), dataset.name, threads, limits.max_pixels, limits,
+        )  # fmt: skip
         shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset)
         with files.learning():
             for shard, outcome in engine.run(shards, job) if shards.waiting else ():
@@ -211,7 +214,8 @@ class PixelJob(ShardJob):
 
     root: str  # folder of the images
     framing: Transform
-    store: Path
+    home: str  # of one in an object store each machine has a folder of its own
+    dataset: str  # name
     workers: int  # threads that decode
     max_pixels: int
     here: Decoding | None = None  # that of the process that began the run
@@ -222,7 +226,8 @@ class PixelJob(ShardJob):
         decoding = self.here or Decoding(self.max_pixels)
         with ThreadPoolExecutor(self.workers) as pool:
             decode = partial(_pixel_rows, Path(self.root), self.framing, pool, decoding)
-            yield Worker([FeatureStore(self.store)], decode, decoding=decoding)
+            store = FeatureStore(_path(home_dir(self.home) / slug(self.dataset), self.framing))
+            yield Worker([store], decode, decoding=decoding)
 
 
 def _pixel_rows(

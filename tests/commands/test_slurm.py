@@ -32,8 +32,8 @@ script="$1"
 export SLURM_CPUS_PER_TASK=$(value cpus-per-task) SLURM_JOB_NODELIST="nodes-$(value nodes)"
 array=$(value array)
 if [ -z "$array" ]; then exec bash "$script"; fi
-export SLURM_ARRAY_TASK_COUNT=${array#1-}
-for SLURM_ARRAY_TASK_ID in $(seq "$SLURM_ARRAY_TASK_COUNT"); do
+export SLURM_ARRAY_TASK_COUNT=1  # as if each job had been submitted again alone
+for SLURM_ARRAY_TASK_ID in $(seq "${array#1-}"); do
   export SLURM_ARRAY_TASK_ID; bash "$script" || exit
 done
 """
@@ -130,6 +130,14 @@ def test_workers_of_a_cluster_have_a_gpu_each_and_their_share_of_cores() -> None
     assert "#SBATCH --array" not in text
     assert "--engine ray --gpus-per-worker 1.0 --cpus-per-worker 4 --home /scratch/home --address" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_script_names_the_folder_of_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path))  # as --cache-dir does
+    monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "20GB")
+    for config in (ExtractConfig(), ExtractConfig(engine="ray")):
+        text = batch_script(["dino"], "nih", DatasetRef(), config, SlurmConfig(), Path("/scratch/home"))
+        assert f" --cache-dir {tmp_path} --cache-size 20000000000 " in text
 
 
 @pytest.mark.parametrize("value", ["gpu\n#SBATCH --uid=0", "a b", "$(id)", ""])

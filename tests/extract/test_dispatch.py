@@ -15,15 +15,16 @@ from embcache.errors import EmbcacheError
 from embcache.extract.engines import dispatch
 from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
 from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, ShardOutcome
-from embcache.extract.engines.local import Stop
+from embcache.extract.engines.local import Stop, Worker
 from embcache.extract.extract import extract
 from embcache.extract.scan import Plan, Shard
 from embcache.log import shown
+from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
 from tests.extract.conftest import draw
 from tests.extract.slow_net import slow
 from tests.refusal import refused
-from tests.store.build import add, make_store
+from tests.store.build import add, make_rows, make_store
 
 Answer = Ready | ShardOutcome | Lost | EmbcacheError
 
@@ -64,7 +65,8 @@ class Paper(WorkerPool):
         self.given.append((worker, shard.number))
         words = self.script.get(worker, [])
         word = words.pop(0) if words else "done"
-        if word in ("done", "commits and is lost"):
+        self.nodes += word == "another node joins"
+        if word in ("done", "commits and is lost", "another node joins"):
             add(self.store, shard.number, [source.id for source in shard.sources])
         if "lost" in word:
             self.nodes -= "node" in word
@@ -168,6 +170,13 @@ def test_of_a_lost_node_there_is_one_line(owed: OwedShards) -> None:
     assert len(said) == 1
 
 
+def test_a_worker_whose_node_vanishes_while_it_opens_is_replaced(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, script={1: ["was on the node"], 2: ["done", "another node joins"]})
+    computed, said = carry_out(pool, owed)
+    assert (sorted(computed), said) == ([0, 1, 2, 3], [])
+    assert pool._started == 3
+
+
 def test_when_all_are_gone_what_is_left_is_named(owed: OwedShards) -> None:
     pool = Paper(owed.stores[0].path, nodes=1, script={1: ["done", "lost with its node"]})
     with pytest.raises(EmbcacheError) as caught:
@@ -221,6 +230,19 @@ def test_a_stop_lets_what_is_handed_out_end_and_hands_out_no_more(owed: OwedShar
     pool = Paper(owed.stores[0].path, script={1: ["stop"]}, stop=Stop())
     computed, _ = carry_out(pool, owed)
     assert 1 <= len(computed) == len(pool.given) <= 2
+
+
+def test_who_loses_a_race_for_a_shard_has_computed_nothing(owed: OwedShards) -> None:
+    store = owed.stores[0]
+    ((key, stores), *_) = owed.waiting.items()
+
+    def compute(shard: OwedShard, **_: object) -> list[ShardRows]:
+        ids = [source.id for source in shard.sources]
+        add(store.path, shard.number, ids)  # another process is quicker, and the lease was too old
+        return [make_rows(ids, seed=9)]
+
+    outcome = Worker([store], compute).run(owed.shard(key, stores))
+    assert outcome == ShardOutcome((0,), ())
 
 
 def test_a_worker_has_one_device_and_builds_its_networks_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from embcache.config import ExtractConfig
+from embcache.config import EngineConfig, ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, RecipeError
 from embcache.extract.engines.engine import OwedShards, ShardOutcome
@@ -22,6 +24,7 @@ from embcache.log import shown
 from embcache.runs.folders import list_results
 from tests.extract.conftest import draw
 from tests.extract.test_signals import contents
+from tests.places.server import environment
 from tests.refusal import refused
 from tests.study.test_study import made, toy
 
@@ -156,7 +159,34 @@ def test_a_worker_that_no_node_has_room_for(cluster: Any, dataset: ImageDataset,
         run(dataset, home, engine="ray", address=cluster.address, cpus_per_worker=3)
 
 
+def test_a_task_that_no_node_has_room_for(cluster: Any, toy: ImageDataset) -> None:
+    config = EngineConfig(engine="ray", address=cluster.address, gpus_per_worker=1.0)
+    from embcache.extract.engines.ray_cluster import connected, spread
+
+    with connected(config), refused(EmbcacheError, "ray-no-room") as caught:
+        list(spread([len], "abc", config))
+    assert caught.value.fix == "--gpus-per-worker 0, or other nodes"
+
+
+def test_a_node_learns_how_the_object_store_is_reached_and_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embcache.extract.engines.ray_cluster import Surroundings
+
+    before = torch.get_num_threads()
+    for name, value in environment(1234).items():
+        monkeypatch.setenv(name, value)
+    surroundings = pickle.dumps(Surroundings())
+    for name in environment(1234):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")  # of the node
+    pickle.loads(surroundings).enter(before)
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:1234"
+    assert (os.environ["AWS_ALLOW_HTTP"], os.environ["AWS_REGION"]) == ("true", "eu-west-1")
+    assert b"hunter2" not in surroundings
+    assert "AWS_ACCESS_KEY_ID" not in os.environ
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "ray://127.0.0.1:1"])
 def test_an_address_where_no_cluster_is(dataset: ImageDataset, home: Path, address: str) -> None:
-    with refused(EmbcacheError, "ray-address"):
+    with refused(EmbcacheError, "ray-address") as caught:
         run(dataset, home, engine="ray", address=address)
+    assert "RAY_AUTH_TOKEN" in str(caught.value)

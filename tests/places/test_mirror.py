@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from typer.testing import CliRunner
 import embcache.mirror as mirrors
 from embcache import io as disk
 from embcache.backbones import networks
-from embcache.backbones.catalog import load_backbone
+from embcache.backbones.catalog import find_backbone, load_backbone
+from embcache.backbones.transforms import choose_transform
 from embcache.cli import app
 from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.extract import recipes
+from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.pixels import PixelJob, cache_pixels
 from embcache.io import mirror_of, replace_file
 from embcache.maintain.gc import collect, collect_home
 from embcache.maintain.repair import Rebuild, repair_store
@@ -494,3 +498,23 @@ def test_a_copy_that_was_cut_is_brought_again(machine: Machine) -> None:
     rows = add(store, 0, ["a", "b"])
     (store / "shards/000000/data.zarr/features/c/0/0").write_bytes(b"")
     np.testing.assert_array_equal(FeatureStore(store).features[:], rows.features)
+
+
+def test_pixels_that_another_machine_decodes_are_committed_there(machine: Machine, images: Path) -> None:
+    class Elsewhere(Engine):
+        def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+            other = machine("two")
+            assert isinstance(job, PixelJob)
+            assert job.workers == 1  # thread: a worker has one core
+            with pickle.loads(pickle.dumps(job)).open() as worker:
+                assert worker.stores[0].path.is_relative_to(other)
+                for key, stores in shards.waiting.items():
+                    shard = shards.shard(key, stores)
+                    yield shards.count(shard, worker.run(shard))
+            machine("one")
+
+    home = machine("one")
+    transform = choose_transform(find_backbone("random"), "paper", {(40, 40)})
+    store = cache_pixels(load_dataset("folder", images), transform, home=home, engine=Elsewhere())
+    assert len(store.ids) == 20
+    assert [key for key in there(home) if key.startswith("home/") and "/commits/" in key]

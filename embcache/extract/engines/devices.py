@@ -22,7 +22,7 @@ from embcache.errors import UsageError
 from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.log import log
-from embcache.paths import PathLike, home_dir
+from embcache.paths import PathLike, portable_home
 
 COMMAND = (sys.executable, "-m", "embcache.extract.extract")
 
@@ -72,7 +72,7 @@ class Crew:
     ) -> None:  # fmt: skip
         self.computed: list[list[int]] = []  # images per store, of each process that ended well
         self._configs, self._table, self._stop = configs, dataset.to_parquet_bytes() if configs else b"", stop
-        self._order = {"backbones": backbones, "home": str(home_dir(home)), "bytes": len(self._table)}
+        self._order = {"backbones": backbones, "home": portable_home(home), "bytes": len(self._table)}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
 

@@ -125,12 +125,14 @@ class Worker:
                 return ShardOutcome(held, ())
             rows, batch_size = self._compute(replace(shard, stores=owed), on_rows)
             self.check([self.stores[index] for index in owed], rows, shard.sources)
-            for index, each in zip(owed, rows, strict=True):
-                commit_shard(
+            computed = tuple(
+                index for index, each in zip(owed, rows, strict=True)
+                if commit_shard(
                     self.stores[index].path, shard.number, each, batch_size=batch_size, threads=self.threads,
                     runtime=self.runtimes[index] if self.runtimes else None,
-                )  # fmt: skip
-            return ShardOutcome(held, owed, rows[0].digests)
+                )
+            )  # fmt: skip
+            return ShardOutcome(held, computed, rows[0].digests if computed else ())
 
     def _compute(self, shard: OwedShard, on_rows: OnRows) -> tuple[list[ShardRows], int]:
         """The rows of a shard, and the batch size, halved if memory is short.

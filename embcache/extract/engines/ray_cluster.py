@@ -82,7 +82,10 @@ def connected(config: EngineConfig) -> Iterator[None]:
             raise EmbcacheError(
                 "no Ray cluster answers", code="ray-address", found=(str(error) or type(error).__name__)[:300],
                 where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
-                fix="ray start --head --port=6379, then --address HOST:6379; or leave --address out",
+                fix=(
+                    "ray start --head --port=6379, then --address HOST:6379; or leave --address out",
+                    "where the cluster has a token: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…",
+                ),
             ) from error  # fmt: skip
     try:
         yield
@@ -103,12 +106,21 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+# How an object store is reached. Credentials, and the profiles that hold them, are those of each node.
+_REACHED_BY = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ALLOW_HTTP", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_TIMEOUT",
+    "AWS_SKIP_SIGNATURE", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "AWS_REQUEST_PAYER", "AZURE_STORAGE_ACCOUNT_NAME",
+)  # fmt: skip
+
+
 class Surroundings:
     """Working folder and variables of the driver, for processes that the cluster started elsewhere."""
 
     def __init__(self) -> None:
         self._folder = os.getcwd()  # noqa: PTH109  # as text
-        self._variables = {name: text for name, text in os.environ.items() if name.startswith("EMBCACHE_")}
+        self._variables = {
+            name: text for name, text in os.environ.items() if name.startswith("EMBCACHE_") or name in _REACHED_BY
+        }
 
     def enter(self, threads: int) -> None:
         """Work in the same folder, if it is there, with a number of torch's threads; variables of the node win."""
@@ -170,10 +182,7 @@ class RayPool(WorkerPool):
 
     def room(self) -> int:
         """Actors that the nodes have resources for, in use or not."""
-        return sum(
-            int(min(node.get("CPU", 0) / self._threads, node.get("GPU", 0) / self._gpus if self._gpus else 1 << 16))
-            for node in _nodes()
-        )
+        return _room(self._threads, self._gpus)
 
     def start(self) -> int:
         """Another actor; Ray places it."""
@@ -231,6 +240,25 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
+def _room(threads: int, gpus: float) -> int:
+    """Workers with so many cores and GPUs that the nodes have resources for, in use or not."""
+    return sum(
+        int(min(node.get("CPU", 0) / threads, node.get("GPU", 0) / gpus if gpus else 1 << 16)) for node in _nodes()
+    )
+
+
+def _check_room(threads: int, gpus: float) -> int:
+    """The room, where there is any: Ray itself would wait for it without a word."""
+    if room := _room(threads, gpus):
+        return room
+    there = "; ".join(f"{each.get('CPU', 0):g} cores, {each.get('GPU', 0):g} GPUs" for each in _nodes())
+    raise EmbcacheError(
+        "no node of the Ray cluster has room for a worker", code="ray-no-room", found=there or "no node",
+        expected=f"a node with {threads} cores and {gpus:g} GPUs",
+        fix=("--gpus-per-worker 0" if _room(threads, 0) else "--cpus-per-worker 1", "other nodes"),
+    )  # fmt: skip
+
+
 def spread(
     calls: Sequence[Callable[[S], T]], shared: S, config: EngineConfig
 ) -> Iterator[tuple[int, T | EmbcacheError]]:
@@ -245,6 +273,7 @@ def spread(
     common = ray.put(pickle.dumps(shared))  # bytes: arrays that Ray shares cannot be written to
     waiting, pending, surroundings = deque(range(len(calls))), dict[Any, int](), Surroundings()
     while waiting or pending:
+        _check_room(threads, gpus)
         while waiting and len(pending) < (config.num_workers or len(calls)):
             number = waiting.popleft()
             pending[task.remote(calls[number], common, threads, surroundings)] = number
@@ -291,14 +320,7 @@ class RayEngine(Engine):
         """Let actors compute every owed shard; those of lost actors are computed by others."""
         gpus = self._config.gpus_per_worker or 0
         pool = RayPool(job, self._threads, gpus)
-        room, wanted = pool.room(), self._config.num_workers
-        if not room:
-            there = "; ".join(f"{each.get('CPU', 0):g} cores, {each.get('GPU', 0):g} GPUs" for each in _nodes())
-            raise EmbcacheError(
-                "no node of the Ray cluster has room for a worker", code="ray-no-room", found=there or "no node",
-                expected=f"a node with {self._threads} cores and {gpus:g} GPUs",
-                fix="--cpus-per-worker 1" if self._threads > 1 else "--gpus-per-worker 0, or other nodes",
-            )  # fmt: skip
+        room, wanted = _check_room(self._threads, gpus), self._config.num_workers
         log.info(f"Ray: room for {min(wanted or room, room)} workers; cores of each {self._threads}, GPUs {gpus:g}")
         self._stop.others = True  # a first signal lets them commit
         try:
