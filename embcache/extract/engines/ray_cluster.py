@@ -83,8 +83,9 @@ def connected(config: EngineConfig) -> Iterator[None]:
                 "no Ray cluster answers", code="ray-address", found=(str(error) or type(error).__name__)[:300],
                 where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
                 fix=(
-                    "ray start --head --port=6379, then --address HOST:6379; or leave --address out",
-                    "where the cluster has a token: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…",
+                    "leave --address out: Ray on this machine",
+                    "where `ray start` speaks of token authentication, export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+                    "unless ~/.ray/auth_token has the cluster's",
                 ),
             ) from error  # fmt: skip
     try:
