@@ -71,6 +71,11 @@ def attach(root: Path, mirror: Mirror) -> None:
     _MIRRORS[f"{root}{os.sep}"] = mirror
 
 
+def mirrors() -> list[tuple[str, Mirror]]:
+    """Each mirror with the beginning of the paths that lie in it."""
+    return list(_MIRRORS.items())
+
+
 def mirror_of(path: PathLike) -> Mirror | None:
     """The mirror that a path lies in."""
     return next((m for root, m in _MIRRORS.items() if f"{os.fspath(path)}{os.sep}".startswith(root)), None)

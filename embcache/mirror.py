@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from embcache import io as disk
 from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
-from embcache.places import Entry, Place, as_url, check_key, is_url, open_place, probe
+from embcache.places import ENDPOINTS, Entry, Place, as_url, check_key, is_url, open_place, probe, refuse_url
 from embcache.sealed import crc32c, seal, unseal
 
 MARK = ".place"  # file of a mirror: its URL
@@ -70,7 +70,9 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
 
 def cache_dir() -> Path:
     """Folder of all mirrors: ``$EMBCACHE_CACHE_DIR``, else ``~/.cache/embcache-places``."""
-    return Path(os.environ.get("EMBCACHE_CACHE_DIR") or Path.home() / ".cache" / "embcache-places").expanduser()
+    folder = os.environ.get("EMBCACHE_CACHE_DIR") or Path.home() / ".cache" / "embcache-places"
+    refuse_url(folder, "a folder of this machine")
+    return Path(folder).expanduser()
 
 
 def cache_bytes() -> int:
@@ -253,13 +255,11 @@ class Mirror:
             self.place.delete(key)
 
     def fetch(self, path: Path) -> bool:
-        """Bring a plan, a partition or a file of a committed folder here; False where there is none."""
+        """Bring a document or a file of a committed folder here; False where there is none."""
         name = path.relative_to(self.root).as_posix()
-        if path.name != _COMMIT and _MANY.fullmatch(name):
-            return self.look(path)
         match = _SHARD.fullmatch(name) or _RUN.fullmatch(name)
         if match is None or match["file"] == _COMMIT:
-            return False
+            return (self.key(path) or "").startswith("home/") and self.look(path)
         folder = Path(str(path)[: -len(match["file"]) - 1])
         try:
             commit = _read_commit(folder / _COMMIT)
@@ -295,6 +295,7 @@ class Mirror:
         if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
         # One process of a machine at a time: of two, the one that read older bytes could be the last to write them.
+        disk.make_folder(self.root)  # it may have been deleted
         lock = FileLock(self.root / ".refresh.lock")
         with suppress(Timeout):  # a long listing of another process is not waited for for ever
             lock.acquire(timeout=_SETTLED_SECONDS)
@@ -540,7 +541,7 @@ def _checked(sealed: bytes, path: Path) -> dict[str, Any]:
 def open_mirror(url: str) -> Mirror:
     """The mirror of a home in an object store; nothing is read or written there yet."""
     url = as_url(url)
-    endpoint = next(filter(None, (os.environ.get(f"AWS_ENDPOINT_URL{end}") for end in ("_S3", ""))), "")
+    endpoint = next(filter(None, map(os.environ.get, ENDPOINTS)), "")
     digits = hashlib.sha256(f"{url}\0{endpoint}".encode()).hexdigest()[:12]
     readable = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[:60]
     root = cache_dir() / f"{readable}-{digits}"
@@ -569,6 +570,7 @@ def home_of(home: disk.PathLike) -> Path:
     """A home's folder: of a URL that of its mirror, which is brought up to date when it is first used."""
     path = Path(home).expanduser()
     if not is_url(home):
+        refuse_url(home)
         if not os.path.isfile(path / MARK) or path.parent != cache_dir():  # noqa: PTH113  # False where not allowed
             return path
         home = disk.read_regular(path / MARK).decode()  # another process has opened it

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from embcache.errors import EmbcacheError, StoreError, printable
 from embcache.io import PathLike as PathLike
+from embcache.io import mirror_of, mirrors
 from embcache.log import log
-from embcache.mirror import home_of, shown_home
+from embcache.mirror import Mirror, home_of, shown_home
 from embcache.places import is_url
 
 
@@ -35,14 +36,31 @@ def portable_home(home: PathLike | None = None) -> str:
     return text if is_url(text) else str(Path(text).absolute())
 
 
+def addressed(text: str) -> str:
+    """A text with addresses in the place of paths of documents that a folder here mirrors."""
+    for root, mirror in mirrors():
+
+        def address(match: re.Match[str], mirror: Mirror = mirror) -> str:
+            key = mirror.key(Path(match[0]))
+            return f"{mirror.place.url}/{key}" if (key or "").startswith("home/") else match[0]
+
+        text = re.sub(re.escape(root) + r"[^\s'\"`,;:()]+", address, text)
+    return text
+
+
 def data_dir() -> Path:
     """Folder of dataset roots: ``$EMBCACHE_DATA``, else ``./data``."""
     return Path(os.environ.get("EMBCACHE_DATA") or "data").expanduser()
 
 
 def weights_dir(home: PathLike | None = None) -> Path:
-    """Folder of checkpoints: ``$EMBCACHE_WEIGHTS``, else ``<home>/weights``."""
-    return Path(os.environ.get("EMBCACHE_WEIGHTS") or home_dir(home) / "weights").expanduser()
+    """Folder of checkpoints: ``$EMBCACHE_WEIGHTS``, else ``<home>/weights``.
+
+    Of a home in an object store, of which there are only copies here, that of the usual home.
+    """
+    folder = home_dir(home)
+    folder = folder if mirror_of(folder) is None else Path.home() / ".cache" / "embcache"
+    return Path(os.environ.get("EMBCACHE_WEIGHTS") or folder / "weights").expanduser()
 
 
 def slug(name: str) -> str:

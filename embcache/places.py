@@ -40,6 +40,7 @@ _CHECKSUM = "crc32c"  # of the metadata that every object of ours has
 # Seconds before an operation is tried again, after the client itself has given up on retries.
 _PAUSES = (0.1, 0.3, 1.0, 3.0, 5.0)
 _RACERS = 4
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _STAGED = re.compile(r"-[0-9a-f]{16}(\.gone)?$")  # how names end of what is written and not yet in place
 
 _T = TypeVar("_T")
@@ -308,6 +309,15 @@ def as_url(text: object) -> str:
     return f"{match[1]}://{(match[2] or '').strip('/')}"
 
 
+def refuse_url(path: object, expected: str = "a folder, or s3://, gs:// or az:// with BUCKET/PREFIX") -> None:
+    """Raise a UsageError for an address where a folder of this machine is meant: one of that name would be made."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise UsageError(
+            "an address is not a folder", code="place-address", expected=expected, found=_public(str(path)),
+            fix="name a folder of this machine",
+        )  # fmt: skip
+
+
 def _public(url: str) -> str:
     """An address without what may be a secret."""
     return re.sub(r"[?#].*", "?…", re.sub("//.*@", "//…@", url), flags=re.DOTALL)
@@ -353,6 +363,13 @@ def open_place(url: str) -> Place:
         ) from error
     if url.startswith("memory:"):
         return ObjectPlace(stores.MemoryStore(), url)
+    endpoint = next(filter(None, map(os.environ.get, ENDPOINTS)), "") if url.startswith("s3:") else ""
+    if (endpoint and not re.match(r"https?://", endpoint)) or (endpoint.startswith("http:") and not _plain_http()):
+        raise UsageError(
+            "the endpoint of the object store cannot be used", code="place-address", found=_public(endpoint),
+            where="AWS_ENDPOINT_URL", expected="https://HOST, or http://HOST:PORT with AWS_ALLOW_HTTP=true",
+            fix="AWS_ALLOW_HTTP=true, for a server without TLS" if "//" in endpoint else "add https:// or http://",
+        )  # fmt: skip
     try:
         options: dict[str, Any] = {"client_options": _client(), "retry_config": _retries()}
         if url.startswith("s3:") and os.environ.get("AWS_PROFILE"):
@@ -368,14 +385,17 @@ def open_place(url: str) -> Place:
         raise UsageError(
             "the address of an object store cannot be used", code="place-address", found=_first_line(error), where=url,
             expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX",
-            fix="check the address; an endpoint is named by AWS_ENDPOINT_URL",
+            fix="check the address, and the variables AWS_…, GOOGLE_… or AZURE_… of this shell",
         ) from error  # fmt: skip
 
 
 def _client() -> dict[str, Any]:
     # Options given here replace those of the environment. A shard may take minutes on a slow line.
-    plain_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
-    return {"timeout": os.environ.get("AWS_TIMEOUT") or "5min", "allow_http": plain_http}
+    return {"timeout": os.environ.get("AWS_TIMEOUT") or "5min", "allow_http": _plain_http()}
+
+
+def _plain_http() -> bool:
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
 
 
 def _retries() -> dict[str, Any]:

@@ -12,7 +12,14 @@ import typer
 
 from embcache.commands.options import ORIGINS, Answer, OneBackbone, OneDataset, Skip, check_one, command, echo_nothing
 from embcache.commands.output import (
-    ProgressBar, counted, echo, echo_pairs, print_note, print_objects, print_table, size_words,
+    ProgressBar,
+    counted,
+    echo,
+    echo_pairs,
+    print_note,
+    print_objects,
+    print_table,
+    size_words,
 )  # fmt: skip
 from embcache.config import DatasetRef, ExportConfig, VerifyConfig
 from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from embcache.errors import one_line, printable, printed_width
 from embcache.log import log
+from embcache.paths import addressed
 
 # How a command's tables are printed: (all columns whatever the width, as CSV); None where it offers no choice.
 _style: tuple[bool, bool] | None = None
@@ -60,7 +61,7 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
 def _write(text: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is not None:
-        stream.write(printable(text))
+        stream.write(printable(addressed(text)))
         stream.flush()
 
 
@@ -104,7 +105,7 @@ def write_json(data: Any, target: str) -> None:
 
 def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:
     """Indented JSON, with escapes for what is not printable or, if ``shown``, what stdout's encoding lacks."""
-    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    text = addressed(json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False))
 
     def escaped(match: re.Match[str]) -> str:
         character = match[0]

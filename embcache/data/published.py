@@ -21,6 +21,7 @@ from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, firs
 from embcache.io import read_regular
 from embcache.partitions import is_partition
 from embcache.paths import PathLike, data_dir, home_dir, home_folders, slug
+from embcache.places import refuse_url
 from embcache.registry import Registry
 from embcache.sealed import open_parquet, parse, read_sealed, typed
 
@@ -172,6 +173,8 @@ def resolve_root(layout: DatasetLayout, root: PathLike | None, home: PathLike | 
             "a folder dataset needs its folder", code="root-missing",
             fix="add --data-root FOLDER (or a CSV or Parquet file)",
         )  # fmt: skip
+    if root is not None:
+        refuse_url(root, "a folder or a table on a disk; its column of paths may have addresses of images")
     folder = (Path(root).expanduser() if root is not None else default_root(layout.name, home)).resolve()
     if draw and layout.draw is not None and not folder.exists():
         layout.draw(folder)

@@ -40,7 +40,7 @@ from embcache.store.lease import is_abandoned
 PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "zarr", "h5py", "google-crc32c",
     "scikit-learn", "scipy", "safetensors", "Pillow", "pydicom", "python-gdcm", "pylibjpeg-openjpeg", "pyjpegls",
-    "huggingface_hub", "typer", "openvino", "onnxruntime",
+    "huggingface_hub", "typer", "openvino", "onnxruntime", "obstore", "ray",
 )  # fmt: skip
 # Of the processor's own list, those that decide which kernels torch has.
 FEATURES = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from embcache.maintain.gc import collect, collect_home
 from embcache.maintain.repair import Rebuild, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.mirror import Mirror, open_mirror
-from embcache.paths import home_dir, home_text
+from embcache.paths import addressed, home_dir, home_text
 from embcache.places import open_place
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run, list_results, load_heads, replace_result, runs_dir
@@ -518,3 +519,38 @@ def test_pixels_that_another_machine_decodes_are_committed_there(machine: Machin
     store = cache_pixels(load_dataset("folder", images), transform, home=home, engine=Elsewhere())
     assert len(store.ids) == 20
     assert [key for key in there(home) if key.startswith("home/") and "/commits/" in key]
+
+
+def test_a_home_whose_copies_are_deleted_meanwhile_goes_on(machine: Machine) -> None:
+    home = machine("one")
+    store = make_store(home)
+    rows = add(store, 0, ["a", "b"])
+    shutil.rmtree(home)
+    assert reading.read_header(store).rows_per_shard == 4
+    add(store, 1, ["c"])
+    np.testing.assert_array_equal(FeatureStore(store).features[:2], rows.features)
+    assert FeatureStore(store).ids.tolist() == ["a", "b", "c"]
+
+
+def test_addresses_stand_for_documents_in_what_is_shown(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    url, root = the_mirror(store).place.url, the_mirror(store).root
+    assert addressed(f"in {store}, see") == f"in {url}/home/ds/{store.name}, see"
+    assert addressed(f'"{store}/shards/000001/commit.json"') == f'"{url}/home/ds/{store.name}/commits/000001.json"'
+    assert addressed(f"{root}/ds/figures/map.png") == f"{root}/ds/figures/map.png"
+
+
+@pytest.mark.parametrize("home", ["S3://lab/x", "ftp://host/x", "file:///tmp/x", "http://host/x", "s4:/x"])
+def test_addresses_that_are_not_known_are_no_folders(home: str) -> None:
+    with refused(UsageError, "place-address"):
+        home_dir(home)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://127.0.0.1:9000"])
+def test_an_endpoint_is_an_address_and_plain_http_is_allowed_by_name(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
+    with refused(UsageError, "place-address"):
+        open_place(f"s3://lab/{len(endpoint)}")

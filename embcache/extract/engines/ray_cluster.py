@@ -28,6 +28,7 @@ from embcache.extract.engines.local import Stop, exit_status, progress_bar
 from embcache.log import log, shown
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_worker_niceness", "0")  # else workers yield to all other work on their machine
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # an actor without GPUs sees none, without a warning
 try:
     import ray
@@ -51,6 +52,10 @@ _PATIENCE_SECONDS = 20.0
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+def _found(error: Exception) -> str:
+    return "no port" if isinstance(error, ValueError) else (str(error) or type(error).__name__)[:300]
 
 
 @contextmanager
@@ -80,7 +85,7 @@ def connected(config: EngineConfig) -> Iterator[None]:
             ray.init(address=config.address or "local", **own, **quiet)
         except (OSError, RuntimeError, ValueError, OverflowError, RayError) as error:
             raise EmbcacheError(
-                "no Ray cluster answers", code="ray-address", found=(str(error) or type(error).__name__)[:300],
+                "no Ray cluster answers", code="ray-address", found=_found(error),
                 where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
                 fix=(
                     "leave --address out: Ray on this machine",
