@@ -497,12 +497,11 @@ def _check_snapshot(
 ) -> dict[str, Any]:
     """The snapshot of a dataset, which is read where the images are not here; written again with ``repair``."""
     from embcache.data.dataset import read_snapshot
-    from embcache.data.partitioned import check_partitions
-    from embcache.maintain.verify import planned_partitions
+    from embcache.maintain.verify import check_partitions
     from embcache.store.commit import write_snapshot
 
     repaired = False
-    if row := check_partitions(folder, home, repair, planned_partitions(folder)):
+    if row := check_partitions(folder, home, repair):
         return row
     try:
         problem = "it is missing" if read_snapshot(folder.name, home) is None else ""

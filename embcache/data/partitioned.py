@@ -7,8 +7,7 @@ are UTF-8, splits are known. Neither files nor equal images are looked for at lo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,12 @@ from embcache.data.tables import (
     plain_name,
     unify,
 )  # fmt: skip
-from embcache.errors import DatasetError, EmbcacheError, first_few
+from embcache.errors import DatasetError, first_few
 from embcache.io import keep_file
 from embcache.partitions import (
     MOST_ROWS,
     PARTITION_ROWS,
     Partition,
-    partitions_problem,
     read_partition,
     text_bytes,
     write_partition,
@@ -127,32 +125,6 @@ def find_partitioned(
     if kept is None:
         return None
     return load_partitioned(kept.ref.data_root or "", home=home, ref=kept.ref, places=kept.places, rows=kept.rows)
-
-
-def check_partitions(
-    dataset_dir: Path, home: PathLike | None, repair: bool, planned: Collection[str] = ()
-) -> dict[str, Any] | None:
-    """What `embcache verify` says of the partitions of a dataset, and of those that its stores have planned.
-
-    None for a dataset without. Repair reads the table anew.
-    """
-    problem, repaired = _partitions_problem(dataset_dir, home, planned), False
-    if problem and repair:
-        with suppress(EmbcacheError):
-            repaired = find_partitioned(dataset_dir.name, home=home) is not None
-        problem = _partitions_problem(dataset_dir, home, planned) if repaired else problem
-    return problem if problem is None else {
-        "path": str(dataset_dir / "partitions"), "problem": problem, "repaired": repaired,
-    }  # fmt: skip
-
-
-def _partitions_problem(dataset_dir: Path, home: PathLike | None, planned: Collection[str]) -> str | None:
-    try:
-        kept = kept_table(dataset_dir.name, home)
-    except DatasetError as error:
-        return f"{error.problem}: {error.found}"
-    digests = {*planned, *(kept.partitions if kept else ())}
-    return partitions_problem(dataset_dir, sorted(digests)) if digests else None
 
 
 def load_partitioned(

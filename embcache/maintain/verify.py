@@ -1,4 +1,4 @@
-"""Every byte of a store against what vouches for it (``embcache verify``). Nothing here writes."""
+"""Every byte of a store against what vouches for it (``embcache verify``). Nothing here writes to one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from embcache.cores import usable_cores
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import is_object, open_file
 from embcache.data.images import ImageRef, image_refs, read_image
-from embcache.errors import CorruptStoreError, DatasetNotFoundError, ImageError, StoreError
+from embcache.data.published import kept_table
+from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, EmbcacheError, ImageError, StoreError
 from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
 from embcache.maintain.listing import STORE_NAME, VIEWS
+from embcache.partitions import partitions_problem
+from embcache.paths import PathLike
 from embcache.store.feature_store import FeatureStore, store_folders
 from embcache.store.lease import is_abandoned
 from embcache.store.reading import (
@@ -327,14 +331,35 @@ def check_source(
     return SourceCheck(len(sources), tuple(changed), gone, len(held) - len(sources))
 
 
-def planned_partitions(dataset_dir: Path) -> set[str]:
-    """Partitions that plans of a dataset's stores name, as far as they can be read."""
-    found = set[str]()
-    for store in store_folders(dataset_dir.parent, dataset_dir.name):
+def check_partitions(dataset_dir: Path, home: PathLike | None, repair: bool) -> dict[str, Any] | None:
+    """What is wrong with the partitions of a dataset that its table or its plans name; None for a dataset without.
+
+    Repair reads the table anew.
+    """
+    from embcache.data.partitioned import find_partitioned
+
+    problem, repaired = _partitions_problem(dataset_dir, home), False
+    if problem and repair:
+        with suppress(EmbcacheError):
+            repaired = find_partitioned(dataset_dir.name, home=home) is not None
+        problem = _partitions_problem(dataset_dir, home) if repaired else problem
+    return problem if problem is None else {
+        "path": str(dataset_dir / "partitions"), "problem": problem, "repaired": repaired,
+    }  # fmt: skip
+
+
+def _partitions_problem(dataset_dir: Path, home: PathLike | None) -> str | None:
+    try:
+        kept = kept_table(dataset_dir.name, home)
+    except DatasetError as error:
+        return f"{error.problem}: {error.found}"
+    named = {*kept.partitions} if kept else set[str]()
+    for store in store_folders(home, dataset_dir.name):
         for number in plan_numbers(store):
             with suppress(StoreError):  # reported with the store
-                found.add(range_of(store, number)[0])
-    return found - {""}
+                named.add(range_of(store, number)[0])
+    named.discard("")  # of plans that list IDs
+    return partitions_problem(dataset_dir, sorted(named)) if named else None
 
 
 def digest_now(root: Path, source: ImageRef) -> str | None:

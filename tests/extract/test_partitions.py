@@ -312,6 +312,8 @@ def test_a_partition_that_is_lost_is_told_and_written_anew(root: Path, home: Pat
     done = go(load(root), rows_per_shard=20)
     dataset = load(root)
     (home / "d" / "partitions" / f"{next(iter(dataset.partitions))}.parquet").unlink()
+    (home / "d" / "partitions.json").unlink()  # plans name them too
+    assert "a partition of a dataset is missing" in " ".join(embcache("verify").output.split())
     with refused(CorruptStoreError, "partition-damaged"):
         done.store.plans()
     assert facts(go(load(root))) == (0, 60, 0, 0, 0)
