@@ -395,11 +395,11 @@ def test_a_checkpoint_is_read_from_its_address_by_its_digest(machine: Machine) -
 
 def test_many_threads_read_while_the_cache_is_full(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(machine("one"), row_shape=(100,))
-    rows = [add(store, number, [f"{number}"], row_shape=(100,)) for number in range(40)]
-    monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "4kB")
+    rows = [add(store, number, [f"{number}"], row_shape=(100,)) for number in range(16)]
+    monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "2kB")
     monkeypatch.setattr(mirrors, "_USED_SECONDS", -60.0)  # what was just brought may go, too
     other = FeatureStore(on(machine("two"), store))
-    for _ in range(3):
+    for _ in range(2):
         np.testing.assert_array_equal(other.features[:], np.concatenate([each.features for each in rows]))
 
 
