@@ -63,7 +63,7 @@ def test_options_stand_under_the_headings_of_their_configs(capsys: pytest.Captur
     text = capsys.readouterr().out
     places = [text.index(f"{heading}:") for heading in ("Finetuning options", "Protocol options", "Dataset options")]
     assert places == sorted(places)
-    assert text.index("--folds") < places[1] < text.index("--max-pixels") < places[2] < text.index("--data-root")
+    assert text.index("--max-pixels") < places[1] < text.index("--folds") < places[2] < text.index("--data-root")
     assert "[default: 1e-3; with dino 1e-4]" in " ".join(text.split())
 
 
