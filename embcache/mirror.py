@@ -409,7 +409,7 @@ class Mirror:
     def forget(self, folder: Path) -> None:
         """Remove the copies of files of a committed folder: what is read next is read from the place."""
         for path in folder.rglob("*"):
-            if path != folder / _COMMIT and not path.is_dir():
+            if path != folder / _COMMIT and not path.name.startswith(".") and not path.is_dir():
                 with suppress(FileNotFoundError):  # another process does the same
                     disk.remove(path)
 
@@ -489,7 +489,8 @@ class Mirror:
             for path in self.root.glob("*/*/shards/*/**/*"):
                 with suppress(FileNotFoundError):  # another process removes it too
                     state = path.lstat()
-                    states += [(state.st_mtime, state.st_size, path)] if path.is_file() and path.name != _COMMIT else []
+                    kept = path.name == _COMMIT or path.name.startswith(".") or path.is_dir()  # "." while it is written
+                    states += [] if kept else [(state.st_mtime, state.st_size, path)]
             self._held = sum(size for _, size, _ in states)
             for written, size, path in sorted(states):
                 if self._held <= 0.8 * most or written > time.time() - _USED_SECONDS:
