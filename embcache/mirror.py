@@ -4,15 +4,15 @@ The object store is what counts; the folder, under ``$EMBCACHE_CACHE_DIR``, is a
 and can be deleted at any time. `embcache.io` calls a mirror where a path lies in one: changes are made in the object
 store first and then here, and files of features are read from there when they are first opened.
 
-::
+Keys, under the prefix::
 
-    <prefix>/home/<dataset>/dataset.parquet                          documents, under their paths in the home
-    <prefix>/home/<dataset>/<store>/recipe.json, canaries.json, plan/000017.json           created once
-    <prefix>/home/<dataset>/<store>/commits/000017.json              which attempt at a shard counts: created once
-    <prefix>/home/<dataset>/<store>/manifests/001000.json            copies of a thousand commits
-    <prefix>/home/<dataset>/runs/<id>.json                           which attempt at a run counts: replaced
-    <prefix>/attempts/<dataset>/<store>/000017/<attempt>/data.zarr/… files, under a hash of all of them
-    <prefix>/leases/…                                                advisory
+    home/<dataset>/dataset.parquet                          documents, under their paths in the home
+    home/<dataset>/<store>/recipe.json, canaries.json, plan/000017.json           created once
+    home/<dataset>/<store>/commits/000017.json              which attempt at a shard counts: created once
+    home/<dataset>/<store>/manifests/001000.json            copies of a thousand commits
+    home/<dataset>/runs/<id>.json                           which attempt at a run counts: replaced
+    attempts/<dataset>/<store>/000017/<attempt>/data.zarr/… files, under a hash of all of them
+    leases/…                                                advisory
 
 A folder (a shard, a run) becomes visible by the one object that names its attempt, written last. Equal work is one
 attempt. What other readers see is the old folder or the new one.
@@ -33,8 +33,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
-
-from filelock import FileLock, Timeout
 
 from embcache import io as disk
 from embcache.errors import CorruptStoreError, StoreError, UsageError
@@ -294,6 +292,8 @@ class Mirror:
         now = time.monotonic()
         if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
+        from filelock import FileLock, Timeout  # which imports asyncio
+
         # One process of a machine at a time: of two, the one that read older bytes could be the last to write them.
         disk.make_folder(self.root)  # it may have been deleted
         lock = FileLock(self.root / ".refresh.lock")

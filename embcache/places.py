@@ -25,11 +25,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import google_crc32c
-
 from embcache import io as disk
 from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
+from embcache.sealed import crc32c
 
 SCHEMES = ("s3", "gs", "az", "memory")
 _URL = re.compile(rf"({'|'.join(SCHEMES)}):(?:/+(.*))?", re.DOTALL)
@@ -176,9 +175,9 @@ class ObjectPlace(Place):
         if most is not None:
             _check_size(f"{self.url}/{key}", size, most)
         data = bytes(result.bytes())
-        checksum = result.attributes.get(_CHECKSUM, _crc32c(data))
-        if (len(data), _crc32c(data)) != (size, checksum):
-            raise _DamagedError(f"{len(data)} bytes, crc32c {_crc32c(data)}; not {size} bytes, crc32c {checksum}")
+        checksum = result.attributes.get(_CHECKSUM, crc32c(data))
+        if (len(data), crc32c(data)) != (size, checksum):
+            raise _DamagedError(f"{len(data)} bytes, crc32c {crc32c(data)}; not {size} bytes, crc32c {checksum}")
         return data
 
     def list(self, prefix: str = "", after: str = "") -> Iterator[Entry]:
@@ -283,12 +282,8 @@ def _check_size(where: str, size: int, most: int) -> None:
         )  # fmt: skip
 
 
-def _crc32c(data: bytes) -> str:
-    return f"{google_crc32c.value(data):08x}"
-
-
 def _attributes(data: bytes) -> dict[str, str]:
-    return {_CHECKSUM: _crc32c(data)}
+    return {_CHECKSUM: crc32c(data)}
 
 
 def _first_line(error: Exception) -> str:

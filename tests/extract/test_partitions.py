@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -340,17 +341,24 @@ def test_images_may_be_decoded_before_they_are_computed(root: Path, home: Path, 
     assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
 
 
-def test_a_home_in_an_object_store_is_shared(
-    root: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A home in an object store, and what makes the next command one of another machine."""
     pytest.importorskip("obstore")
     monkeypatch.setattr(disk, "_MIRRORS", {})
-    shared = f"memory://{tmp_path.name}/lab"
 
     def become(machine: str) -> None:
         open_mirror.cache_clear()
         monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / machine))
 
+    yield f"memory://{tmp_path.name}/lab", become
+    open_mirror.cache_clear()
+
+
+def test_a_home_in_an_object_store_is_shared(
+    root: Path, tmp_path: Path, home: Path, lab: tuple[str, Callable[[str], None]]
+) -> None:
+    shared, become = lab
     for machine in ("one", "two"):
         become(machine)
         done = extract(load_partitioned(root / "t.parquet", name="d", rows=ROWS, home=shared), ["random"], home=shared)
@@ -360,19 +368,12 @@ def test_a_home_in_an_object_store_is_shared(
     assert [entry.id for entries in found.plans().values() for entry in entries] == LONG
     assert len(list((tmp_path / "three").rglob("partitions/*.parquet"))) == 2
     assert rows(found) == rows(go(load(root)).store)
-    open_mirror.cache_clear()
 
 
 def test_partitions_in_an_object_store_are_verified_there_and_written_anew(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, lab: tuple[str, Callable[[str], None]]
 ) -> None:
-    pytest.importorskip("obstore")
-    monkeypatch.setattr(disk, "_MIRRORS", {})
-    shared = f"memory://{tmp_path.name}/lab"
-
-    def become(machine: str) -> None:
-        open_mirror.cache_clear()
-        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / machine))
+    shared, become = lab
 
     def verify(machine: str, *words: str) -> tuple[int, str]:
         become(machine)
@@ -400,7 +401,6 @@ def test_partitions_in_an_object_store_are_verified_there_and_written_anew(
         code, said = verify("four")
         assert code == 0, said
     assert done.computed == 60
-    open_mirror.cache_clear()
 
 
 def test_the_command_reads_large_tables_in_partitions(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
