@@ -81,7 +81,7 @@ def _misbehave(what: str, folder: Path) -> str:
 
 def test_the_runner_tells_hangs_crashes_memory_and_errors_apart_and_goes_on() -> None:
     asked = ["fine", "hang", "fine", "crash", "memory", "raise", "fine"]
-    found = list(run_each(_misbehave, asked, memory=100 << 20, seconds=5))  # a busy machine takes a second for the memory
+    found = list(run_each(_misbehave, asked, memory=100 << 20, seconds=5))  # 200 MiB take a busy machine a second
     assert [item for item, _ in found] == asked
     ended: list[Any] = [ended.failure.partition(":")[0] or ended.result for _, ended in found]
     assert ended == ["fine", "hang", "fine", "crash", "memory", "ZeroDivisionError", "fine"]
