@@ -16,13 +16,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,27 +36,25 @@ from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
 from embcache.data.partitioned import PartitionedDataset
-from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.engines.devices import Crew, DevicesEngine, split_devices
+from embcache.errors import EmbcacheError
+from embcache.extract.engines.devices import Crew, DevicesEngine, configs_of_others, split_devices
 from embcache.extract.engines.engine import Engine, OwedShards, OwedStore, in_part
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.quarantine import Quarantine
-from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, image_root, plan_store, scan_dataset
+from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, plan_store, scan_dataset
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
 from embcache.log import log, shown
 from embcache.paths import PathLike, portable_home, slug, weights_dir
 from embcache.sealed import canonical_json, plain, read_sealed, seal, typed
-from embcache.store.commit import create_store, store_path, write_snapshot
+from embcache.store.commit import create_store, refresh_view, store_path, write_snapshot
 from embcache.store.feature_store import FeatureStore
 from embcache.store.reading import read_header
 from embcache.store.schema import NUMERICS, Recipe
 
 # What imports torch is imported where it is used: a run over complete stores needs none of it.
 if TYPE_CHECKING:
-    import torch
-
-    from embcache.extract.pixels import CurrentPixels
+    from embcache.extract.jobs import FeatureJob
     from embcache.extract.worker import FrozenNetwork
 
 # Small batches keep a network's activations near the processor's caches; a GPU needs large ones (docs/log.md).
@@ -86,9 +84,10 @@ class Extraction:
 
     def joined(self, other: Extraction) -> Extraction:
         """The extraction of this partition and another one."""
-        counts = ("computed", "cached", "added", "changed", "retried", "left", "undone", "seconds")
+        counts = ("computed", "cached", "added", "changed", "retried", "left", "undone")
         added = {name: vars(self)[name] + vars(other)[name] for name in counts}
-        return replace(other, quarantined={**self.quarantined, **other.quarantined}, **added)
+        store, bad = FeatureStore(self.store.path), {**self.quarantined, **other.quarantined}
+        return replace(self, store=store, quarantined=bad, **added)
 
 
 def extract_features(
@@ -150,69 +149,182 @@ def extract(
     stop: Stop | None = None,
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
-    if isinstance(dataset, PartitionedDataset):
-        return _extract_parts(dataset, backbones, config or ExtractConfig(), home, stop or Stop())
-    began, started, config, stop = time.time_ns(), time.monotonic(), config or ExtractConfig(), stop or Stop()
-    devices, decoding = split_devices(config.device), Decoding(check_max_pixels(config.max_pixels))
-    workers, ray = config.workers or max(1, default_workers() // len(devices)), config.engine == "ray"
-    others = _configs_of_others(backbones, devices, config, workers)
-    digest, bad = (dataset.part.digest, dataset.part.bad) if dataset.part else ("", 0)
-    quarantine = Quarantine(dataset.total, dataset.table["id"].tolist, image_root(dataset), config, bad)
-    with ThreadPoolExecutor(workers) as pool:
-        files = scan_dataset(dataset, home, pool, decoding)
-        models = _models(backbones, dataset, files, config, home)
-        networks, owed = list["FrozenNetwork"](), _complete_stores(models, dataset, files, config)
-        if not owed:
-            from embcache.extract.foreign import refuse_foreign
-            from embcache.extract.recipes import Traits, kept_conversion, open_networks
+    started, config = time.monotonic(), config or ExtractConfig()
+    with _Run(backbones, config, home, stop or Stop()) as run:
+        parts = run.begin_each(dataset)
+        # While pixels are staged, Ray may have no room for other workers.
+        together = ((p.job, [p]) for p in parts) if config.stage else groupby(parts, lambda part: part.job)
+        for job, some in together:
+            for shards in run.engine(job).run((part.shards for part in some), job):
+                run.finish(shards)
+    return run.summary(len(dataset), time.monotonic() - started)
 
-            names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
-            refuse_foreign(list(map(bare_name, names)), dataset, home)
-            networks = open_networks(backbones, Traits.of(dataset, files), config, home)
-            owed = [_open_store(network, dataset, files, config, home, pool) for network in networks]
-            networks = [
-                network.executed_by(each.runtime, kept_conversion(network, home))
-                if each.plan.shards and not ray else network
-                for network, each in zip(networks, owed, strict=True)
-            ]  # fmt: skip
-            _remember(models, networks, dataset, files.folder, home, began)
-    if dataset.part is None:  # partitions are kept when they are made
-        write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
-    files.keep()
-    shards, threads = OwedShards(owed, dataset, config.part), 0
-    stop.complete = not shards.waiting
-    if shards.waiting:
+
+@dataclass(frozen=True)
+class _Part:
+    """A dataset, or one partition of it, in a run that owes something for it."""
+
+    dataset: ImageDataset
+    files: DatasetFiles
+    owed: Sequence[OwedStore]
+    shards: OwedShards
+    job: FeatureJob
+    learning: ExitStack  # keeps what is learned of the files
+
+
+class _Run:
+    """What the partitions of an extraction have in common, those that are begun, and what was done.
+
+    However its ``with`` block ends, what was learned of the files is kept.
+    """
+
+    def __init__(
+        self, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None, stop: Stop
+    ) -> None:
+        self._backbones, self._config, self._home, self._stop = backbones, config, home, stop
+        self._names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
+        devices, self._ray = split_devices(config.device), config.engine == "ray"
+        self._workers = config.workers or max(1, default_workers() // len(devices))
+        self._others = configs_of_others(backbones, devices, config, self._workers)
+        self._decoding, self._closing = Decoding(check_max_pixels(config.max_pixels)), ExitStack()
+        self._networks: list[FrozenNetwork] = []
+        self._executed: dict[tuple[int, str], FrozenNetwork] = {}  # by the place of the network, and the runtime
+        self._begun, self._images, self._done = dict[OwedShards, _Part](), 0, list[Extraction]()
+
+    def __enter__(self) -> _Run:
+        self._closing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._closing:
+            for part in self._begun.values():
+                part.learning.close()
+
+    def begin_each(self, dataset: ImageDataset | PartitionedDataset) -> Iterator[_Part]:
+        """The partitions of a dataset for which something is owed, or the dataset where it has none."""
+        parts = iter([dataset]) if isinstance(dataset, ImageDataset) else self._partitions(dataset)
+        while not self._stop.requested and (each := next(parts, None)) is not None:
+            self._stop.complete, self._images = False, self._images + len(each)
+            if (part := self._begin(each)) is not None:
+                yield part
+
+    def _partitions(self, dataset: PartitionedDataset) -> Iterator[ImageDataset]:
+        sizes = decisive_sizes(dataset, self._home, self._decoding)
+        for each in replace(dataset, sizes=sizes).parts():
+            bad = [len(one.quarantined) for one in self._done] or [0] * len(self._names)
+            for part in self._begun.values():
+                more = [_shown(one.store, part.dataset).quarantined for one in part.owed]
+                bad = [one + len(other) for one, other in zip(bad, more, strict=True)]
+            yield replace(each, part=each.part and replace(each.part, bad=max(bad)))
+
+    def _begin(self, dataset: ImageDataset) -> _Part | None:
+        """Scan the files, open the stores, and plan what they owe."""
+        began, config, home = time.time_ns(), self._config, self._home
+        with ThreadPoolExecutor(self._workers) as pool:
+            files = scan_dataset(dataset, home, pool, self._decoding)
+            models = _models(self._backbones, dataset, files, config, home)
+            owed = _complete_stores(models, dataset, files, config)
+            if not owed:
+                owed = [_open_store(each, dataset, files, config, home, pool) for each in self._open(dataset, files)]
+                _remember(models, self._networks, dataset, files.folder, home, began)
+        if dataset.part is None:  # partitions are kept when they are made
+            write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
+        files.keep()
+        shards = OwedShards(owed, dataset, config.part, files.scan.learn)
+        self._stop.complete = not shards.waiting
+        if not shards.waiting:
+            self._add(dataset, owed, shards, 0)
+            return None
+        self._closing.enter_context(ray_connection(config))
+        learning = ExitStack()
+        learning.enter_context(files.learning())
+        if config.stage:
+            from embcache.extract.pixels import stage_pixels
+
+            engine = self._engine(f"decode {dataset.name}", replace(config, gpus_per_worker=None), config.workers or 1)
+            stage_pixels(self._networks, owed, dataset, files, config, home=home, engine=engine)
+        part = _Part(dataset, files, owed, shards, self._job(dataset, files, owed), learning)
+        self._begun[shards] = part
+        return part
+
+    def _open(self, dataset: ImageDataset, files: DatasetFiles) -> list[FrozenNetwork]:
+        """The networks: those of one partition are those of all."""
+        from embcache.extract.foreign import refuse_foreign
+        from embcache.extract.recipes import Traits, open_networks
+
+        if not self._networks:
+            refuse_foreign(list(map(bare_name, self._names)), dataset, self._home)
+            self._networks = open_networks(self._backbones, Traits.of(dataset, files), self._config, self._home)
+        return self._networks
+
+    def _job(self, dataset: ImageDataset, files: DatasetFiles, owed: Sequence[OwedStore]) -> FeatureJob:
         from embcache.extract.jobs import FeatureJob, Here
+        from embcache.extract.pixels import cached_pixels
+        from embcache.extract.recipes import Traits, kept_conversion
 
+        config, ray = self._config, self._ray
         threads = (config.cpus_per_worker or owed[0].store.threads) if ray else _threads()
-        with ray_connection(config), files.learning():
-            if config.stage:
-                _stage_pixels(networks, owed, dataset, files, config, home=home, stop=stop)
-            cached = _cached_pixels(networks, owed, dataset, files)
-            job = FeatureJob(
-                dataset.name, dataset.total, digest, bad, tuple(backbones),
-                Traits.of(dataset, files), config.to_json(),
-                home=portable_home(home), root=str(files.root), threads=threads,
-                stores=tuple((each.store.path.name, each.runtime) for each in owed),
-                pixels=tuple((key, pixels.store.path.name, pixels.stale) for key, pixels in cached.items()),
-                workers=config.workers or threads if ray else workers,
-                here=Here(networks, cached, decoding, quarantine),
-            )  # fmt: skip
-            local = LocalEngine(f"extract {dataset.name}", stop)
-            engine: Engine = DevicesEngine(local, Crew(others, dataset, names, home, stop)) if others else local
-            if ray:
-                engine = _ray_engine(f"extract {dataset.name}", stop, config, threads)
-            for shard, outcome in engine.run(shards, job):
-                if outcome.digests:
-                    files.scan.learn(shard.sources, outcome.digests)
-    shards.refresh_views()
-    for note in decoding.notes():
-        log.warning(note)
-    seconds = time.monotonic() - started
-    return [
-        _summarize(each, dataset, computed, config, threads, seconds)
-        for each, computed in zip(owed, shards.computed, strict=True)
-    ]
+        cached = cached_pixels(self._networks, owed, dataset, files)
+        job = FeatureJob(
+            dataset.name, dataset.total, dataset.part.current if dataset.part else (), tuple(self._backbones),
+            Traits.of(dataset, files), config.to_json(),
+            home=portable_home(self._home), root=str(files.root), threads=threads,
+            stores=tuple((each.store.path.name, each.runtime) for each in owed),
+            pixels=tuple((key, pixels.store.path.name, pixels.stale) for key, pixels in cached.items()),
+            workers=config.workers or threads if ray else self._workers,
+        )  # fmt: skip
+        if ray:
+            return job
+        for key, network in zip(enumerate(each.runtime for each in owed), self._networks, strict=True):
+            if key not in self._executed and (dataset.part or owed[key[0]].plan.shards):
+                self._executed[key] = network.executed_by(key[1], kept_conversion(network, self._home))
+        networks = [self._executed.get((k, each.runtime), self._networks[k]) for k, each in enumerate(owed)]
+
+        def ids(partition: str) -> list[str]:
+            return job.ids(partition) if partition else dataset.table["id"].tolist()
+
+        quarantine = Quarantine(job.images, ids, files.root, config, job.partitions)
+        return replace(job, here=Here(networks, cached, self._decoding, quarantine))
+
+    def engine(self, job: FeatureJob) -> Engine:
+        """Who computes."""
+        engine, others = self._engine(f"extract {job.dataset}", self._config, job.threads), self._others
+        if not others:
+            return engine
+        return DevicesEngine(engine, lambda dataset: Crew(others, dataset, self._names, self._home, self._stop))
+
+    def _engine(self, label: str, config: ExtractConfig, threads: int) -> Engine:
+        if not self._ray:
+            return LocalEngine(label, self._stop)
+        from embcache.extract.engines.ray_cluster import RayEngine
+
+        return RayEngine(label, self._stop, config, threads)
+
+    def finish(self, shards: OwedShards) -> None:
+        """Keep what was learned, and count what was done."""
+        part = self._begun.pop(shards)
+        part.learning.close()
+        self._add(part.dataset, part.owed, shards, part.job.threads)
+
+    def _add(self, dataset: ImageDataset, owed: Sequence[OwedStore], shards: OwedShards, threads: int) -> None:
+        for store in shards.stores:
+            refresh_view(store.path)
+        done = [
+            _summarize(each, dataset, computed, self._config, threads)
+            for each, computed in zip(owed, shards.computed, strict=True)
+        ]
+        self._done = [one.joined(other) for one, other in zip(self._done, done, strict=True)] if self._done else done
+
+    def summary(self, images: int, seconds: float) -> list[Extraction]:
+        """What was done for a dataset of so many images; what was begun may not be complete."""
+        for shards in list(self._begun):
+            self.finish(shards)
+        for note in self._decoding.notes():
+            log.warning(note)
+        rest = images - self._images
+        return [
+            replace(one, left=one.left + rest, undone=one.undone + rest, seconds=seconds) for one in self._done
+        ]  # fmt: skip
 
 
 def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
@@ -222,62 +334,6 @@ def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
     from embcache.extract.engines.ray_cluster import connected
 
     return connected(config)
-
-
-def _ray_engine(label: str, stop: Stop, config: EngineConfig, threads: int) -> Engine:
-    from embcache.extract.engines.ray_cluster import RayEngine
-
-    return RayEngine(label, stop, config, threads)
-
-
-def _stage_pixels(
-    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles,
-    config: ExtractConfig, *, home: PathLike | None, stop: Stop,
-) -> None:  # fmt: skip
-    """Decode every owed image, and keep its frame for each network."""
-    from embcache.extract.pixels import cache_pixels
-
-    transforms = {network.image_views.frame_key: network.transform for network in networks}
-    for key, transform in transforms.items():
-        wanted = {
-            image
-            for network, each in zip(networks, owed, strict=True) if network.image_views.frame_key == key
-            for shard in each.plan.shards if in_part(shard.number, config.part)
-            for image in shard.ids
-        }  # fmt: skip
-        label = f"decode {dataset.name}"
-        by_cpu = replace(config, gpus_per_worker=None)
-        engine = _ray_engine(label, stop, by_cpu, config.workers or 1) if config.engine == "ray" else None
-        cache_pixels(
-            dataset, transform, ids=list(wanted), home=home, workers=config.workers,
-            decoding=Decoding(check_max_pixels(config.max_pixels)), engine=engine or LocalEngine(label, stop),
-        )  # fmt: skip
-        if stop.requested:
-            return
-    files.recall()  # digests that decoding learned
-
-
-def _extract_parts(
-    dataset: PartitionedDataset, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None,
-    stop: Stop,
-) -> list[Extraction]:  # fmt: skip
-    """Extract one partition after the other into the same stores; of each only counts and reasons are kept."""
-    sizes = decisive_sizes(dataset, home, Decoding(check_max_pixels(config.max_pixels)))
-    done, seen = list[Extraction](), 0
-    with ray_connection(config):  # one for all partitions
-        for part in replace(dataset, sizes=sizes).parts():
-            if stop.requested:
-                break
-            stop.complete = False
-            seen += len(part)
-            bad = max((len(one.quarantined) for one in done), default=0)
-            known = replace(part, part=part.part and replace(part.part, bad=bad))
-            each = extract(known, backbones, config, home=home, stop=stop)
-            done = [one.joined(other) for one, other in zip(done, each, strict=True)] if done else each
-    rest = len(dataset) - seen
-    return [
-        replace(one, store=FeatureStore(one.store.path), left=one.left + rest, undone=one.undone + rest) for one in done
-    ]
 
 
 def _open_store(
@@ -291,7 +347,7 @@ def _open_store(
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     from embcache.backbones.runtimes import choose_runtime, runtime_version
     from embcache.extract.canaries import canary_features, check_canaries, environment
-    from embcache.extract.recipes import kept_conversion, log_differences, make_recipe
+    from embcache.extract.recipes import kept_conversion, log_differences, make_recipe, safe_runtime
     from embcache.extract.worker import first_batch
 
     # Workers of a cluster may have GPUs where this process has none.
@@ -304,7 +360,7 @@ def _open_store(
     if runtime not in ("eager", usual):
         sources = image_refs(dataset.table.iloc[: config.batch_size or BATCH_SIZES["cpu"]])
         see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
-        runtime = _gate(network.executed_by(runtime, kept_conversion(network, home)), see, requested)
+        runtime = safe_runtime(network.executed_by(runtime, kept_conversion(network, home)), see, requested)
     canaries = cache(partial(canary_features, network))
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
@@ -347,27 +403,6 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _gate(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: str) -> str:
-    """The runtime of a network where its features of real images are those of torch's own execution, else eager."""
-    from embcache.backbones.runtimes import departure
-
-    name, pixels = network.backbone.spec.name, see()
-    try:
-        problem = departure(network.forward(pixels), network.executed_by("eager").forward(pixels), network.precision)
-    except UsageError as error:
-        if requested != "auto":
-            raise
-        problem = f"{error.problem}: {error.found}"
-    if problem and requested != "auto":
-        raise UsageError(
-            f"{network.runtime} does not compute the features of {name}", code="runtime-departs", found=problem,
-            fix="--runtime eager",
-        )  # fmt: skip
-    if problem:
-        log.info(f"{name}: {network.runtime} is not used: {problem}")
-    return "eager" if problem else network.runtime
-
-
 def default_rows(device: str, images: int) -> int:
     """Rows per shard of a new store, by the type of the device (``cpu``, ``cuda``, …), or ``place`` in an object store.
 
@@ -380,53 +415,10 @@ def default_rows(device: str, images: int) -> int:
     return min(rows, max(images, 64))
 
 
-def _cached_pixels(
-    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles
-) -> dict[str, CurrentPixels]:
-    """By frame key, the pixels that finetuning has cached and that need no decoding."""
-    from embcache.extract.pixels import current_pixels
-
-    images: dict[str, set[str]] = {}
-    for network, each in zip(networks, owed, strict=True):
-        known = images.setdefault(network.image_views.frame_key, set())
-        known.update(image for shard in each.plan.shards for image in shard.ids)
-    transforms = {network.image_views.frame_key: network.transform for network in networks}
-    found = {}
-    for key, wanted in images.items():
-        pixels = current_pixels(dataset, transforms[key], files) if wanted else None
-        if pixels is not None and (number := len(wanted & set(pixels.rows))):
-            found[key] = pixels
-            log.info(f"pixels of {number:,} images are cached ({pixels.store.path.name}): they are not decoded again")
-    return found
-
-
-def _configs_of_others(
-    backbones: Sequence[str | Backbone], devices: Sequence[str], config: ExtractConfig, threads: int
-) -> list[ExtractConfig]:
-    """The configs of the processes of further devices."""
-    unnamed = [backbone.name for backbone in backbones if isinstance(backbone, Backbone)]
-    if len(devices) > 1 and config.engine == "ray":
-        raise UsageError(
-            "a worker of Ray has one device", code="device-list", expected="auto", found=config.device,
-            fix=f"--num-workers {len(devices)} --gpus-per-worker 1",
-        )  # fmt: skip
-    if unnamed and (len(devices) > 1 or config.engine == "ray"):
-        raise UsageError(
-            "a backbone that is an object exists in one process only, and each device or worker needs one",
-            code="backbone-in-process", found=", ".join(unnamed), expected="package.module:function",
-            fix="--engine local" if config.engine == "ray" else "--device cuda:0",
-        )  # fmt: skip
-    # This process has planned the retries: another plan would compute an image twice that is still unreadable.
-    alike = replace(config, workers=threads, retry_quarantined=False, stage=None)
-    return [replace(alike, device=device) for device in devices[1:]]
-
-
 def _summarize(
-    owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, threads: int, seconds: float
+    owed: OwedStore, dataset: ImageDataset, computed: int, config: ExtractConfig, threads: int
 ) -> Extraction:
-    plan, store = owed.plan, FeatureStore(owed.store.path) if owed.plan.shards else owed.store
-    store = store if dataset.part is None else store.of_part(dataset.part)
-    store = store.restrict(dataset.table["id"].tolist())
+    plan, store = owed.plan, _shown(FeatureStore(owed.store.path) if owed.plan.shards else owed.store, dataset)
     name, committed = store.recipe.backbone, set(store.committed())
     left = [shard for shard in plan.shards if shard.number not in committed]
     if computed and (owed.batch_size, threads) != (store.batch_size, store.threads):
@@ -438,8 +430,14 @@ def _summarize(
         name, store, computed, plan.cached, plan.added, plan.changed, plan.retried,
         left=sum(len(shard.ids) for shard in left),
         undone=sum(len(shard.ids) for shard in left if in_part(shard.number, config.part)),
-        quarantined=dict(store.quarantined), seconds=seconds,
+        quarantined=dict(store.quarantined), seconds=0.0,
     )  # fmt: skip
+
+
+def _shown(store: FeatureStore, dataset: ImageDataset) -> FeatureStore:
+    """What a store has of a dataset, or of one partition."""
+    store = store if dataset.part is None else store.of_part(dataset.part)
+    return store.restrict(dataset.table["id"].tolist())
 
 
 # What earlier runs learned

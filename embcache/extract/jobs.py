@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,7 @@ class FeatureJob(ShardJob):
 
     dataset: str  # name
     images: int  # of the dataset
-    partition: str  # its digest, where they are those of one
-    bad: int  # images of earlier partitions that are quarantined
+    partitions: tuple[str, ...]  # their digests, where it has some
     backbones: tuple[str | Backbone, ...]
     traits: Traits
     config: Mapping[str, Any]  # of the extraction, as JSON
@@ -56,7 +55,7 @@ class FeatureJob(ShardJob):
     pixels: tuple[tuple[str, str, tuple[str, ...]], ...]  # frame key, name of the store, IDs that are not current
     threads: int  # of torch
     workers: int  # threads that decode
-    here: Here | None = None
+    here: Here | None = field(default=None, compare=False)
 
     @contextmanager
     def open(self) -> Iterator[Worker]:
@@ -90,13 +89,14 @@ class FeatureJob(ShardJob):
                 )  # fmt: skip
             check_canaries(store.path, network)
             networks[index] = network.executed_by(runtime, kept_conversion(network, self.home))
-        quarantine = Quarantine(self.images, self._ids, Path(self.root), config, self.bad)
+        quarantine = Quarantine(self.images, self.ids, Path(self.root), config, self.partitions)
         pixels = {key: CurrentPixels.open(self._folder / name, stale) for key, name, stale in self.pixels}
         return Here(networks, pixels, Decoding(check_max_pixels(config.max_pixels)), quarantine)
 
-    def _ids(self) -> list[str]:
-        if self.partition:
-            return list(read_partition(self._folder, self.partition, ["id"])["id"].to_pylist())
+    def ids(self, partition: str) -> list[str]:
+        """The IDs of a partition, by its digest, or of the whole dataset."""
+        if partition:
+            return list(read_partition(self._folder, partition, ["id"])["id"].to_pylist())
         snapshot = read_snapshot(self.dataset, self.home)
         return [] if snapshot is None else snapshot.table["id"].tolist()
 

@@ -23,18 +23,19 @@ from numpy.typing import NDArray
 import embcache
 from embcache.backbones.catalog import Backbone
 from embcache.backbones.transforms import Transform, choose_transform, frame
+from embcache.config import ExtractConfig
 from embcache.cores import default_workers
-from embcache.data.budget import Decoding
+from embcache.data.budget import Decoding, check_max_pixels
 from embcache.data.dataset import ImageDataset
 from embcache.data.images import DECODER_VERSION, ImageRef
 from embcache.errors import check_number
-from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, OwedStore, ShardJob
+from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, OwedStore, ShardJob, in_part
 from embcache.extract.engines.local import LocalEngine, Worker
 from embcache.extract.scan import DatasetFiles, plan_store, scan_dataset
-from embcache.extract.worker import prepare_batches
+from embcache.extract.worker import FrozenNetwork, prepare_batches
 from embcache.log import log
 from embcache.paths import PathLike, home_dir, portable_home, slug
-from embcache.store.commit import ShardRows, create_store, write_snapshot
+from embcache.store.commit import ShardRows, create_store, refresh_view, write_snapshot
 from embcache.store.feature_store import PIXELS, FeatureStore
 from embcache.store.schema import Recipe
 
@@ -117,12 +118,11 @@ def cache_pixels(
         job = PixelJob(
             str(files.root), framing, portable_home(home), dataset.name, threads, limits.max_pixels, limits,
         )  # fmt: skip
-        shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset)
+        shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset, learn=files.scan.learn)
         with files.learning():
-            for shard, outcome in engine.run(shards, job) if shards.waiting else ():
-                if outcome.digests:
-                    files.scan.learn(shard.sources, outcome.digests)
-        shards.refresh_views()
+            for _ in engine.run([shards], job) if shards.waiting else ():
+                pass
+        refresh_view(path)
     return FeatureStore(path).restrict(wanted.table["id"])
 
 
@@ -194,6 +194,44 @@ def current_pixels(dataset: ImageDataset, transform: Transform, files: DatasetFi
     usable = set(dataset.table["id"]) & set(store.digests)
     pixels = CurrentPixels.open(path, tuple(usable & stale))
     return pixels if usable - stale else None
+
+
+def stage_pixels(
+    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles,
+    config: ExtractConfig, *, home: PathLike | None, engine: Engine,
+) -> None:  # fmt: skip
+    """Decode every owed image, and keep its frame for each network; less if the engine is stopped."""
+    transforms = {network.image_views.frame_key: network.transform for network in networks}
+    for key, transform in transforms.items():
+        wanted = {
+            image
+            for network, each in zip(networks, owed, strict=True) if network.image_views.frame_key == key
+            for shard in each.plan.shards if in_part(shard.number, config.part)
+            for image in shard.ids
+        }  # fmt: skip
+        decoding = Decoding(check_max_pixels(config.max_pixels))
+        cache_pixels(
+            dataset, transform, ids=list(wanted), home=home, workers=config.workers, decoding=decoding, engine=engine
+        )
+    files.recall()  # digests that decoding learned
+
+
+def cached_pixels(
+    networks: Sequence[FrozenNetwork], owed: Sequence[OwedStore], dataset: ImageDataset, files: DatasetFiles
+) -> dict[str, CurrentPixels]:
+    """By frame key, the pixels that finetuning has cached and that need no decoding."""
+    images: dict[str, set[str]] = {}
+    for network, each in zip(networks, owed, strict=True):
+        known = images.setdefault(network.image_views.frame_key, set())
+        known.update(image for shard in each.plan.shards for image in shard.ids)
+    transforms = {network.image_views.frame_key: network.transform for network in networks}
+    found = {}
+    for key, wanted in images.items():
+        pixels = current_pixels(dataset, transforms[key], files) if wanted else None
+        if pixels is not None and (number := len(wanted & set(pixels.rows))):
+            found[key] = pixels
+            log.info(f"pixels of {number:,} images are cached ({pixels.store.path.name}): they are not decoded again")
+    return found
 
 
 def pixel_recipe(framing: Transform) -> Recipe:

@@ -11,15 +11,18 @@ import errno
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embcache.config import ExtractConfig
 from embcache.data.images import ImageRef
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
-from embcache.store.reading import read_header, read_index
+from embcache.store.reading import range_of, read_header, read_index
+
+if TYPE_CHECKING:
+    from embcache.extract.engines.engine import OwedShard
 
 # Why a row is empty: its image left the dataset after the shard was planned, which is no fault of the image.
 LEFT = "no longer in the dataset"
@@ -54,29 +57,29 @@ def parse_max_bad(value: int | str, images: int) -> int:
 class Quarantine:
     """Judges the unusable images of one run over a number of images: every shard is checked before it is committed.
 
-    ``elsewhere`` are those that are quarantined already and not among ``ids``.
+    ``ids`` gives the IDs of a partition, by its digest; of a dataset without ``partitions`` all of them, for ``""``.
     """
 
     def __init__(
-        self, images: int, ids: Callable[[], Sequence[str]], root: Path, config: ExtractConfig, elsewhere: int = 0
-    ) -> None:
+        self, images: int, ids: Callable[[str], Sequence[str]], root: Path, config: ExtractConfig,
+        partitions: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._images, self._list_ids, self._root, self._config = images, ids, root, config
-        self._elsewhere = elsewhere
+        self._partitions = partitions
         self._allowed = parse_max_bad(config.max_bad, images)
         self._folder = _identity(root)
+        self._part = ""  # the partition that the tallies are of: the IDs of more would fill the memory
         self._tallies: dict[Path, _Tally] = {}
 
-    @cached_property
-    def _ids(self) -> frozenset[str]:  # needed only if an image is bad
-        return frozenset(self._list_ids())
-
-    def check(self, stores: Sequence[FeatureStore], rows: Sequence[ShardRows], sources: Sequence[ImageRef]) -> None:
+    def check(self, stores: Sequence[FeatureStore], rows: Sequence[ShardRows], shard: OwedShard) -> None:
         """Refuse the rows of one shard, in every store, if too many images would be quarantined."""
+        if shard.part != self._part:
+            self._part, self._tallies = shard.part, {}
         for store, each in zip(stores, rows, strict=True):
             bad = {image: why for image, why in zip(each.ids, each.reasons, strict=True) if why and why != LEFT}
             if not bad:
                 continue
-            for source in sources:
+            for source in shard.sources:
                 if bad.get(source.id) == _VANISHED:
                     self._check_root(source)
                 if source.id in bad and self._config.on_error == "fail":
@@ -85,14 +88,19 @@ class Quarantine:
                         where=self._root / source.path, fix="repair or remove it and run the same command; --on-error "
                         "quarantine continues without it",
                     )  # fmt: skip
-            tally = self._tallies.setdefault(store.path, _Tally(store, self._ids))
+            tally = self._tallies.get(store.path)
+            if tally is None:  # needed only if an image is bad
+                ids = next((each.ids for each in self._tallies.values()), None)
+                ids = frozenset(self._list_ids(shard.part)) if ids is None else ids
+                others = frozenset(self._partitions) - {shard.part}
+                tally = self._tallies[store.path] = _Tally(store.path, ids, others)
             again = set(each.ids)  # rows of the same images that were there are superseded
             before = {image: why for image, why in tally.bad().items() if image not in again}
-            if self._elsewhere + len(before) + len(bad) > self._allowed:
-                raise self._too_many(store, {**bad, **before}, len(bad))
+            if shard.bad + len(before) + len(bad) > self._allowed:
+                raise self._too_many({**bad, **before}, len(bad), shard.bad)
 
-    def _too_many(self, store: FeatureStore, bad: Mapping[str, str], new: int) -> DatasetError:
-        total = self._elsewhere + len(bad)
+    def _too_many(self, bad: Mapping[str, str], new: int, elsewhere: int) -> DatasetError:
+        total = elsewhere + len(bad)
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
         if total > len(lines):
             lines.append(f"… and {total - len(lines):,} more")
@@ -121,10 +129,10 @@ class Quarantine:
 
 
 class _Tally:
-    """The quarantined images of a dataset in one store, kept up with what other processes commit."""
+    """The quarantined images of a dataset, or of one partition, in a store, kept up with what others commit."""
 
-    def __init__(self, store: FeatureStore, ids: frozenset[str]) -> None:
-        self._path, self._header, self._ids = store.path, read_header(store.path), ids
+    def __init__(self, store: Path, ids: frozenset[str], others: frozenset[str]) -> None:
+        self._path, self._header, self.ids, self._others = store, read_header(store), ids, others
         self._seen: set[int] = set()
         self._bad: dict[str, str] = {}
 
@@ -134,10 +142,12 @@ class _Tally:
             if number in self._seen:
                 continue
             self._seen.add(number)
+            if self._others and range_of(self._path, number)[0] in self._others:
+                continue
             index = read_index(self._path, self._header, number)
             for image, reason in zip(index.ids, index.reasons, strict=True):
                 self._bad.pop(image, None)  # superseded
-                if reason and reason != LEFT and image in self._ids:
+                if reason and reason != LEFT and image in self.ids:
                     self._bad[image] = reason
         return self._bad
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from embcache.backbones.catalog import (
     weights_status,
 )
 from embcache.backbones.pooling import Pooling
+from embcache.backbones.runtimes import departure
 from embcache.backbones.transforms import Transform, choose_transform
 from embcache.backbones.weights import weights_by_name
 from embcache.config import ExtractConfig
@@ -52,6 +53,25 @@ class Traits:
     def of(cls, dataset: ImageDataset, files: DatasetFiles) -> Traits:
         """Those of a dataset whose files were scanned."""
         return cls(files.folder, tuple(files.sizes), dataset.layout, dataset.augment)
+
+
+def safe_runtime(network: FrozenNetwork, see: Callable[[], torch.Tensor], requested: str) -> str:
+    """The runtime of a network where its features of real images are those of torch's own execution, else eager."""
+    name, pixels = network.backbone.spec.name, see()
+    try:
+        problem = departure(network.forward(pixels), network.executed_by("eager").forward(pixels), network.precision)
+    except UsageError as error:
+        if requested != "auto":
+            raise
+        problem = f"{error.problem}: {error.found}"
+    if problem and requested != "auto":
+        raise UsageError(
+            f"{network.runtime} does not compute the features of {name}", code="runtime-departs", found=problem,
+            fix="--runtime eager",
+        )  # fmt: skip
+    if problem:
+        log.info(f"{name}: {network.runtime} is not used: {problem}")
+    return "eager" if problem else network.runtime
 
 
 def open_networks(

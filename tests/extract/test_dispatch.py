@@ -109,10 +109,16 @@ def owed(tmp_path: Path) -> OwedShards:
 
 def carry_out(pool: Paper, owed: OwedShards, most: int | None = None) -> tuple[list[int], list[str]]:
     """Numbers of the shards that came back as computed, and what was said."""
-    said, computed, stop = list[str](), list[int](), pool.stop or Stop()
-    with shown(said.append):
-        for shard, outcome in Dispatch(pool, owed, stop, most).run(lambda rows: None):
-            computed += [shard.number] * bool(outcome.computed)
+    said, stop, settle, computed = list[str](), pool.stop or Stop(), owed.settle, list[int]()
+
+    def count(shard: OwedShard, outcome: ShardOutcome) -> None:
+        computed.extend([shard.number] * bool(outcome.computed))
+        settle(shard, outcome)
+
+    with shown(said.append), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owed, "settle", count)
+        complete = list(Dispatch(pool, [owed], stop, most).run(lambda rows: None))
+    assert complete == [owed] * (not owed.left)
     return computed, said
 
 

@@ -92,19 +92,19 @@ def test_a_node_that_is_killed_costs_nothing_but_its_shard(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("EMBCACHE_SLOW_SECONDS", "0.3")
-    computed, count = list[int](), OwedShards.count
+    computed, settle = list[int](), OwedShards.settle
 
-    def record(self: OwedShards, shard: Any, outcome: ShardOutcome) -> Any:
+    def record(self: OwedShards, shard: Any, outcome: ShardOutcome) -> None:
         computed.extend([shard.number] * bool(outcome.computed))
         if len(computed) == 4:  # the other node is in the midst of a shard, or about to begin one
             threading.Thread(target=kill).start()
-        return count(self, shard, outcome)
+        settle(self, shard, outcome)
 
     def kill() -> None:
         time.sleep(0.2)
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)  # SIGKILL to its processes
 
-    monkeypatch.setattr(OwedShards, "count", record)
+    monkeypatch.setattr(OwedShards, "settle", record)
     done, said = run(dataset, home, engine="ray", address=cluster.address)
     assert sorted(computed) == list(range(SHARDS))  # each once
     assert (done.computed, done.left) == (4 * SHARDS, 0)

@@ -12,15 +12,17 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 
+from embcache.backbones.catalog import Backbone
 from embcache.config import ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
-from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
-from embcache.extract.engines.local import LocalEngine, Stop
+from embcache.extract.engines.engine import Engine, OwedShards, ShardJob
+from embcache.extract.engines.local import Stop
 from embcache.log import log
 from embcache.paths import PathLike, portable_home
 
@@ -47,17 +49,40 @@ def split_devices(device: str) -> list[str]:
     return names
 
 
+def configs_of_others(
+    backbones: Sequence[str | Backbone], devices: Sequence[str], config: ExtractConfig, threads: int
+) -> list[ExtractConfig]:
+    """The configs of the processes of further devices."""
+    unnamed = [backbone.name for backbone in backbones if isinstance(backbone, Backbone)]
+    if len(devices) > 1 and config.engine == "ray":
+        raise UsageError(
+            "a worker of Ray has one device", code="device-list", expected="auto", found=config.device,
+            fix=f"--num-workers {len(devices)} --gpus-per-worker 1",
+        )  # fmt: skip
+    if unnamed and (len(devices) > 1 or config.engine == "ray"):
+        raise UsageError(
+            "a backbone that is an object exists in one process only, and each device or worker needs one",
+            code="backbone-in-process", found=", ".join(unnamed), expected="package.module:function",
+            fix="--engine local" if config.engine == "ray" else "--device cuda:0",
+        )  # fmt: skip
+    # This process has planned the retries: another plan would compute an image twice that is still unreadable.
+    alike = replace(config, workers=threads, retry_quarantined=False, stage=None)
+    return [replace(alike, device=device) for device in devices[1:]]
+
+
 class DevicesEngine(Engine):
-    """The local engine, while a crew of processes takes shards from the same stores."""
+    """An engine of this process, while a crew of processes takes shards of the same dataset from the same stores."""
 
-    def __init__(self, local: LocalEngine, crew: Crew) -> None:
-        self._local, self._crew = local, crew
+    def __init__(self, local: Engine, crew_for: Callable[[ImageDataset], Crew]) -> None:
+        self._local, self._crew_for = local, crew_for
 
-    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+    def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
         """Compute every owed shard that neither the crew nor any other process has committed."""
-        with self._crew:
-            yield from self._local.run(shards, job)
-        shards.computed[:] = [sum(images) for images in zip(shards.computed, *self._crew.computed, strict=True)]
+        for shards in owed:
+            with self._crew_for(shards.dataset) as crew:
+                complete = list(self._local.run([shards], job))
+            shards.computed[:] = [sum(images) for images in zip(shards.computed, *crew.computed, strict=True)]
+            yield from complete
 
 
 class Crew:

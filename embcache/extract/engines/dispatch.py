@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from embcache.errors import EmbcacheError
@@ -64,43 +64,66 @@ class WorkerPool(ABC):
         """Let go of a worker that is lost or not needed."""
 
 
+@dataclass(eq=False)
+class _Task:
+    """A shard, for those of its stores in which it is not settled."""
+
+    owner: OwedShards
+    key: tuple[Shard, int]
+    stores: list[int]
+    losses: int = 0  # of workers that were computing it
+
+
 class Dispatch:
     """The bookkeeping of one run: every shard is waiting, with one worker, or settled."""
 
     def __init__(
-        self, pool: WorkerPool, shards: OwedShards, stop: Stop, most: int | None = None,
+        self, pool: WorkerPool, owed: Iterable[OwedShards], stop: Stop, most: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._pool, self._shards, self._stop, self._most, self._clock = pool, shards, stop, most, clock
-        self._waiting = deque((key, list(stores)) for key, stores in shards.waiting.items())
-        self._elsewhere: list[tuple[tuple[Shard, int], list[int]]] = []  # other processes compute these
+        self._pool, self._stop, self._most, self._clock = pool, stop, most, clock
+        self._owed: Iterator[OwedShards] | None = iter(owed)
+        self._waiting = deque[_Task]()
+        self._elsewhere: list[_Task] = []  # other processes compute these
         self._look_again = 0.0  # when to ask for them once more
         self._opening: set[int] = set()
         self._ready: dict[int, str] = {}  # where each worker is
-        self._busy: dict[int, tuple[tuple[Shard, int], OwedShard]] = {}
+        self._busy: dict[int, tuple[_Task, OwedShard]] = {}
         self._failed: list[EmbcacheError | str] = []  # of workers that never were ready, or were lost
         self._unready = 0  # workers that never were: they are not replaced
-        self._losses: Counter[tuple[Shard, int]] = Counter()
+        self._losses = 0
 
-    def run(self, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
-        """Yield what becomes of every shard, until all are settled or the run is to stop."""
-        while self._waiting or self._elsewhere or self._busy:
+    def run(self, on_rows: OnRows) -> Iterator[OwedShards]:
+        """Yield what was owed for a dataset once all of it is settled, until everything is or the run is to stop."""
+        while True:
             if self._elsewhere and self._clock() >= self._look_again:
                 self._waiting.extend(self._elsewhere)
                 self._elsewhere.clear()
-            if self._stop.requested:
-                if not self._busy:
-                    return
-            else:
+            if not self._stop.requested:
+                self._take_more()
+                self._stop.complete = not (self._waiting or self._elsewhere or self._busy)
+            if self._stop.complete or (self._stop.requested and not self._busy):
+                return
+            if not self._stop.requested:
                 self._recruit()
                 for worker in [each for each in self._ready if each not in self._busy]:
                     if self._waiting:
-                        key, stores = self._waiting.popleft()
-                        self._busy[worker] = key, self._shards.shard(key, stores)
+                        task = self._waiting.popleft()
+                        self._busy[worker] = task, task.owner.shard(task.key, task.stores)
                         self._pool.give(worker, self._busy[worker][1])
             for worker, answer in self._pool.wait(_POLL_SECONDS / 4):
                 yield from self._settle(worker, answer, on_rows)
-        self._stop.complete = True
+
+    def _take_more(self) -> None:
+        """Once everything has gone out, plan what is owed next while the last shards are computed."""
+        while self._owed is not None and not self._waiting:
+            if len({id(task.owner) for task in (*self._elsewhere, *(task for task, _ in self._busy.values()))}) > 1:
+                return  # tables of more would fill the memory
+            shards = next(self._owed, None)
+            if shards is None:
+                self._owed = None
+            else:
+                self._waiting.extend(_Task(shards, key, list(stores)) for key, stores in shards.waiting.items())
 
     def _recruit(self) -> None:
         """Start the workers that are lacking; `EmbcacheError` where none is there and none can come."""
@@ -118,7 +141,7 @@ class Dispatch:
         errors = [each for each in self._failed if isinstance(each, EmbcacheError)]
         if errors and not self._losses:
             return errors[0]
-        left = [shard for (shard, _), _ in (*self._waiting, *self._elsewhere)]
+        left = [task.key[0] for task in (*self._waiting, *self._elsewhere)]
         images = sum(len(shard.ids) for shard in left)
         return EmbcacheError(
             f"all workers are gone; {len(left):,} shards ({images:,} images) are left",
@@ -128,49 +151,61 @@ class Dispatch:
 
     def _settle(
         self, worker: int, answer: Ready | ShardOutcome | Lost | EmbcacheError, on_rows: OnRows
-    ) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+    ) -> Iterator[OwedShards]:
         if isinstance(answer, Ready):
             self._opening.discard(worker)
             self._ready[worker] = answer.where
             return
-        (key, shard), lost = self._busy.pop(worker, (None, None)), isinstance(answer, Lost)
-        if isinstance(answer, Lost | EmbcacheError):
-            if isinstance(answer, EmbcacheError) and shard is not None:
+        task, shard = self._busy.pop(worker, (None, None))
+        if isinstance(answer, ShardOutcome):
+            outcome, lost = answer, False
+        else:
+            if isinstance(answer, EmbcacheError) and task is not None:
                 raise answer
-            self._pool.end(worker)
-            where = self._ready.pop(worker, "a worker")
-            self._failed.append(answer if isinstance(answer, EmbcacheError) else f"{where}: {answer.reason}")
-            if worker in self._opening:
-                self._opening.discard(worker)
-                if not (isinstance(answer, Lost) and answer.node):  # else there is less room, and nothing wrong with it
-                    self._unready += 1
-                    log.warning(f"a worker could not begin: {_line(answer)}")
-            if key is None or shard is None:
-                return
-            stores = self._shards.stores
-            committed = tuple(i for i in shard.stores if is_committed(stores[i].path, shard.number))
-            again = len(committed) < len(shard.stores)
-            fate = "is handed out again" if again else "was committed before"
-            log.warning(
-                f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; workers left: {len(self._ready)}"
-            )
-            self._losses[key] += 1
-            if again and self._losses[key] >= _MOST_LOSSES:
-                raise EmbcacheError(
-                    f"{_MOST_LOSSES} workers were lost while they computed shard {shard.number}",
-                    code="shard-loses-workers", found=_line(answer), where=stores[shard.stores[0]].path,
-                    fix="give a worker more memory or a smaller --batch-size, then run the same command",
-                )  # fmt: skip
-            answer = ShardOutcome(committed, committed)
-        if key is not None and shard is not None:
-            left = [index for index in shard.stores if index not in answer.settled]
-            if left and lost:
-                self._waiting.appendleft((key, left))
-            elif left:
-                self._elsewhere.append((key, left))
-                self._look_again = self._clock() + _POLL_SECONDS
-            on_rows(len(shard.sources) * len(answer.settled))
-            yield self._shards.count(shard, answer)
+            where, lost = self._let_go(worker, answer), True
+            outcome = self._look(task, shard, answer, where) if task and shard else ShardOutcome((), ())
+        if task is None or shard is None:
+            return
+        task.stores = [index for index in task.stores if index not in outcome.settled]
+        if task.stores and lost:
+            self._waiting.appendleft(task)
+        elif task.stores:
+            self._elsewhere.append(task)
+            self._look_again = self._clock() + _POLL_SECONDS
+        on_rows(len(shard.sources) * len(outcome.settled))
+        task.owner.settle(shard, outcome)
+        if not task.owner.left:
+            yield task.owner
+
+    def _let_go(self, worker: int, answer: Lost | EmbcacheError) -> str:
+        """Forget a worker that is lost, or could not begin; says where it was."""
+        self._pool.end(worker)
+        where = self._ready.pop(worker, "a worker")
+        self._failed.append(answer if isinstance(answer, EmbcacheError) else f"{where}: {answer.reason}")
+        if worker in self._opening:
+            self._opening.discard(worker)
+            if not (isinstance(answer, Lost) and answer.node):  # else there is less room, and nothing wrong with it
+                self._unready += 1
+                log.warning(f"a worker could not begin: {_line(answer)}")
+        return where
+
+    def _look(self, task: _Task, shard: OwedShard, answer: Lost | EmbcacheError, where: str) -> ShardOutcome:
+        """What a worker that was lost has committed of its shard."""
+        stores = task.owner.stores
+        committed = tuple(i for i in shard.stores if is_committed(stores[i].path, shard.number))
+        again = len(committed) < len(shard.stores)
+        fate = "is handed out again" if again else "was committed before"
+        log.warning(
+            f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; workers left: {len(self._ready)}"
+        )
+        task.losses, self._losses = task.losses + 1, self._losses + 1
+        if again and task.losses >= _MOST_LOSSES:
+            raise EmbcacheError(
+                f"{_MOST_LOSSES} workers were lost while they computed shard {shard.number}",
+                code="shard-loses-workers", found=_line(answer), where=stores[shard.stores[0]].path,
+                fix="give a worker more memory or a smaller --batch-size, then run the same command",
+            )  # fmt: skip
+        return ShardOutcome(committed, committed)
 
 
 def _line(answer: Lost | EmbcacheError) -> str:

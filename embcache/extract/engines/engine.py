@@ -7,7 +7,7 @@ What a worker does with a shard is the same for all engines: lease it, compute i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from embcache.data.dataset import ImageDataset
 from embcache.data.images import ImageRef, image_refs
 from embcache.extract.scan import Plan, Shard
 from embcache.log import log
-from embcache.store.commit import refresh_view
 from embcache.store.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -44,6 +43,8 @@ class OwedShard:
     sources: tuple[ImageRef, ...]
     stores: tuple[int, ...]  # places in the list of stores
     batch_size: int
+    part: str = ""  # digest of the partition that its images are of
+    bad: int = 0  # images of other partitions that were quarantined when this one was planned
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,16 @@ class ShardOutcome:
 
 
 class OwedShards:
-    """The shards that some stores owe, of one part of them or of all."""
+    """The shards that some stores owe for a dataset, or for one partition of it; of one part of them or of all.
 
-    def __init__(self, owed: Sequence[OwedStore], dataset: ImageDataset, part: tuple[int, int] | None = None) -> None:
+    ``learn`` is called with images that were computed, and the digests of what was read.
+    """
+
+    def __init__(
+        self, owed: Sequence[OwedStore], dataset: ImageDataset, part: tuple[int, int] | None = None,
+        learn: Callable[[Sequence[ImageRef], Sequence[str]], object] = lambda *_: None,
+    ) -> None:  # fmt: skip
+        self.dataset, self._learn = dataset, learn
         self.stores = [each.store for each in owed]
         self.computed = [0] * len(owed)  # images per store that this run computed
         waiting: dict[tuple[Shard, int], list[int]] = {}
@@ -71,32 +79,31 @@ class OwedShards:
         twice = sum(len(s.ids) for s, _ in waiting) - len({image for s, _ in waiting for image in s.ids})
         if twice:
             log.info(f"the backbones do not owe the same shards: {twice} images are decoded in a second pass")
-        self._table = dataset.table
         self._places = dict.fromkeys((image for shard, _ in waiting for image in shard.ids), -1)  # rows of the table
-        for row, image in enumerate(self._table["id"].tolist() if self._places else ()):
+        for row, image in enumerate(dataset.table["id"].tolist() if self._places else ()):
             if image in self._places:
                 self._places[image] = row
         self.rows = sum(len(shard.ids) * len(sharing) for (shard, _), sharing in waiting.items())
+        self.left = sum(map(len, waiting.values()))
+        """Shards that are not settled yet, one for each store that owes them."""
 
     def shard(self, key: tuple[Shard, int], stores: Sequence[int]) -> OwedShard:
         """One of :attr:`waiting`, for some of its stores."""
         shard, batch_size = key
         rows = [row for id_ in shard.ids if (row := self._places[id_]) >= 0]
-        known = iter(image_refs(self._table.iloc[rows]))
+        known = iter(image_refs(self.dataset.table.iloc[rows]))
         # An image that left the dataset after its shard was planned keeps its row, as unreadable.
         sources = (next(known) if self._places[id_] >= 0 else ImageRef(id_, "", "") for id_ in shard.ids)
-        return OwedShard(shard.number, tuple(sources), tuple(stores), batch_size)
+        part, bad = (self.dataset.part.digest, self.dataset.part.bad) if self.dataset.part else ("", 0)
+        return OwedShard(shard.number, tuple(sources), tuple(stores), batch_size, part, bad)
 
-    def count(self, shard: OwedShard, outcome: ShardOutcome) -> tuple[OwedShard, ShardOutcome]:
-        """Count what was computed of a shard."""
+    def settle(self, shard: OwedShard, outcome: ShardOutcome) -> None:
+        """Count what became of a shard."""
+        self.left -= len(outcome.settled)
         for index in outcome.computed:
             self.computed[index] += len(shard.sources)
-        return shard, outcome
-
-    def refresh_views(self) -> None:
-        """Write the views of the stores that were added to."""
-        for store in self.stores:
-            refresh_view(store.path)
+        if outcome.digests:
+            self._learn(shard.sources, outcome.digests)
 
 
 def in_part(number: int, part: tuple[int, int] | None) -> bool:
@@ -119,5 +126,8 @@ class Engine(ABC):
     """Who calls the worker."""
 
     @abstractmethod
-    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
-        """Let every owed shard be computed that no other process commits; count, and yield what became of each."""
+    def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
+        """Let every owed shard be computed that no other process commits; yield those of each dataset once all are.
+
+        The next ones are asked for when all of the last ones have gone out. A run that is stopped yields no more.
+        """

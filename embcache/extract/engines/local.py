@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from embcache.cores import is_shortage, out_of_memory
 from embcache.data.budget import Decoding
-from embcache.data.images import ImageRef
 from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed
@@ -105,7 +104,7 @@ class Worker:
 
     stores: Sequence[FeatureStore]
     compute: Callable[..., list[ShardRows]]  # of an `OwedShard` with ``batch_size=``, ``on_rows=``
-    check: Callable[[Sequence[FeatureStore], Sequence[ShardRows], Sequence[ImageRef]], None] = lambda *_: None
+    check: Callable[[Sequence[FeatureStore], Sequence[ShardRows], OwedShard], None] = lambda *_: None
     runtimes: Sequence[str | None] = ()  # per store, where features have one
     threads: int | None = None
     decoding: Decoding = field(default_factory=Decoding)
@@ -124,7 +123,7 @@ class Worker:
             if not owed:
                 return ShardOutcome(held, ())
             rows, batch_size = self._compute(replace(shard, stores=owed), on_rows)
-            self.check([self.stores[index] for index in owed], rows, shard.sources)
+            self.check([self.stores[index] for index in owed], rows, shard)
             computed = tuple(
                 index for index, each in zip(owed, rows, strict=True)
                 if commit_shard(
@@ -169,15 +168,20 @@ class LocalEngine(Engine):
     def __init__(self, label: str, stop: Stop | None = None) -> None:
         self._label, self._stop = label, stop or Stop()
 
-    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
-        """Compute every owed shard that no process has committed.
+    def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
+        """Compute every owed shard that no process has committed, those of one dataset after the other.
 
         A shard that another process is computing is waited for: if that process dies, the shard is computed here.
         """
-        with progress_bar(self._label, shards.rows) as bar, job.open() as worker:
-            yield from self._run(shards, worker, bar.update)
+        with progress_bar(self._label) as bar, job.open() as worker:
+            for shards in owed:
+                lengthen(bar, shards.rows)
+                self._run(shards, worker, bar.update)
+                if self._stop.requested:
+                    return
+                yield shards
 
-    def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> Iterator[tuple[OwedShard, ShardOutcome]]:
+    def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> None:
         stop, waiting = self._stop, {key: list(sharing) for key, sharing in shards.waiting.items()}
         while waiting and not stop.requested:
             progress = False
@@ -192,7 +196,7 @@ class LocalEngine(Engine):
                     if not waiting[key]:
                         del waiting[key]
                     stop.complete = not waiting
-                    yield shards.count(shard, outcome)
+                    shards.settle(shard, outcome)
                 finally:
                     stop.busy = False
                 progress |= bool(outcome.settled)
@@ -200,6 +204,12 @@ class LocalEngine(Engine):
                 stop.wait(_POLL_SECONDS)
 
 
-def progress_bar(label: str, rows: int) -> tqdm[Any]:
-    """A bar over the rows of a run, on a terminal."""
-    return tqdm(total=rows, unit="img", desc=label, disable=None, smoothing=0.05)
+def progress_bar(label: str) -> tqdm[Any]:
+    """A bar over the rows of a run, on a terminal; see `lengthen`."""
+    return tqdm(total=0, unit="img", desc=label, disable=None, smoothing=0.05)
+
+
+def lengthen(bar: tqdm[Any], rows: int) -> None:
+    """Let a bar have more rows."""
+    bar.total = (bar.total or 0) + rows
+    bar.refresh()

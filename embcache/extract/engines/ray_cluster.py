@@ -24,7 +24,7 @@ from embcache.cores import usable_cores
 from embcache.errors import EmbcacheError, UsageError
 from embcache.extract.engines.dispatch import Dispatch, Lost, Ready, WorkerPool
 from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
-from embcache.extract.engines.local import Stop, exit_status, progress_bar
+from embcache.extract.engines.local import Stop, exit_status, lengthen, progress_bar
 from embcache.log import log, shown
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -322,16 +322,25 @@ class RayEngine(Engine):
     def __init__(self, label: str, stop: Stop, config: EngineConfig, threads: int) -> None:
         self._label, self._stop, self._config, self._threads = label, stop, config, threads
 
-    def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
-        """Let actors compute every owed shard; those of lost actors are computed by others."""
+    def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
+        """Let actors compute every owed shard; those of lost actors are computed by others.
+
+        The actors stay from one dataset to the next, which is planned while they compute the last shards.
+        """
         gpus = self._config.gpus_per_worker or 0
         pool = RayPool(job, self._threads, gpus)
         room, wanted = _check_room(self._threads, gpus), self._config.num_workers
         log.info(f"Ray: room for {min(wanted or room, room)} workers; cores of each {self._threads}, GPUs {gpus:g}")
         self._stop.others = True  # a first signal lets them commit
         try:
-            with progress_bar(self._label, shards.rows) as bar:
-                yield from Dispatch(pool, shards, self._stop, wanted).run(bar.update)
+            with progress_bar(self._label) as bar:
+
+                def shown_in_bar() -> Iterator[OwedShards]:
+                    for shards in owed:
+                        lengthen(bar, shards.rows)
+                        yield shards
+
+                yield from Dispatch(pool, shown_in_bar(), self._stop, wanted).run(bar.update)
         except SystemExit:
             if self._stop.signal is not None:  # Ray puts a status of its own in the place of a signal's
                 raise SystemExit(exit_status(self._stop.signal)) from None
