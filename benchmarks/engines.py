@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,9 @@ def one(asked: argparse.Namespace) -> None:
     else:
         run = LocalEngine._run
 
-        def timed(*arguments: Any) -> Iterator[Any]:
+        def timed(*arguments: Any) -> None:
             before, moment = time.process_time(), time.monotonic()
-            yield from run(*arguments)
+            run(*arguments)
             cost["cpu"], cost["wall"] = time.process_time() - before, time.monotonic() - moment
 
         LocalEngine._run = timed  # type: ignore[method-assign, assignment]

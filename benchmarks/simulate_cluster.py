@@ -372,34 +372,33 @@ def simulate(table: Path, folder: Path, scenario: str, options: Options) -> Foun
         dataset.folder, recipe, row_shape=(1,), rows_per_shard=options.rows_per_shard, batch_size=64, threads=1
     )
     cluster.place.settle()
-    before, last, reruns, real = cluster.place.requests, 0, 0, 0.0
+    before, last, reruns, real = cluster.place.requests, 0, 0, time.process_time()
+
+    def owed(threads: ThreadPoolExecutor) -> Iterator[OwedShards]:
+        """What is owed for each partition, planned when the shards of those before it have gone out."""
+        for part in dataset.parts():
+            files = scan_dataset(part, folder, threads)
+            plan = plan_store(FeatureStore(path), part, files.scan)
+            files.scan.digests[:] = _DIGEST
+            files.keep()
+            cluster.wait(PLANNING * len(part) + cluster.place.settle())
+            yield OwedShards([OwedStore(FeatureStore(path), plan, 64)], part)
+
     with ThreadPoolExecutor(2) as threads:
         while True:
-            complete = True
-            for part in dataset.parts():
-                files = scan_dataset(part, folder, threads)
-                plan = plan_store(FeatureStore(path), part, files.scan)
-                files.scan.digests[:] = _DIGEST
-                files.keep()
-                cluster.wait(PLANNING * len(part) + cluster.place.settle())
-                owed = OwedShards([OwedStore(FeatureStore(path), plan, 64)], part)
-                pool, stop = Pool(cluster, path, last), Stop()
-                spent = time.process_time()
-                try:
-                    for _ in Dispatch(pool, owed, stop, clock=lambda: cluster.now).run(lambda rows: None):
-                        pass
-                except EmbcacheError as error:  # a user sees it, and types the same command again
-                    if error.code not in ("shard-loses-workers", "workers-gone"):
-                        raise
-                    reruns, complete = reruns + 1, False
-                finally:
-                    last = pool.close()
-                real += time.process_time() - spent
-                if not complete:
-                    cluster.wait(RERUN)
-                    break
-            if complete:
+            pool = Pool(cluster, path, last)
+            try:
+                for _ in Dispatch(pool, owed(threads), Stop(), clock=lambda: cluster.now).run(lambda rows: None):
+                    pass
                 break
+            except EmbcacheError as error:  # a user sees it, and types the same command again
+                if error.code not in ("shard-loses-workers", "workers-gone"):
+                    raise
+                reruns += 1
+            finally:
+                last = pool.close()
+            cluster.wait(RERUN)
+    real = time.process_time() - real
     requests, shards = cluster.place.requests - before, len(cluster.winners)
     for lease in cluster.abandoned:  # their threads still beat in real time
         lease.release()

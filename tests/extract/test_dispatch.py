@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Paper(WorkerPool):
     given: list[tuple[int, int]] = field(default_factory=list)  # worker, shard
     ended: list[int] = field(default_factory=list)
     stop: Stop | None = None
+    late: list[tuple[int, OwedShard]] = field(default_factory=list)  # computed when all else is
     _answers: deque[tuple[int, Answer]] = field(default_factory=deque)
     _started: int = 0
 
@@ -66,6 +67,9 @@ class Paper(WorkerPool):
         words = self.script.get(worker, [])
         word = words.pop(0) if words else "done"
         self.nodes += word == "another node joins"
+        if word == "slow":
+            self.late.append((worker, shard))
+            return
         if word in ("done", "commits and is lost", "another node joins"):
             add(self.store, shard.number, [source.id for source in shard.sources])
         if "lost" in word:
@@ -83,6 +87,8 @@ class Paper(WorkerPool):
             self._answers.append((worker, ShardOutcome((0,), (0,), ("",) * len(shard.sources))))
 
     def wait(self, seconds: float) -> Sequence[tuple[int, Answer]]:
+        if not self._answers and self.late:
+            self.give(*self.late.pop(0))
         return [self._answers.popleft()] if self._answers else []
 
     def end(self, worker: int) -> None:
@@ -96,15 +102,25 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def owed(tmp_path: Path) -> OwedShards:
-    """Four shards of two images in one store."""
-    for index in range(8):
+def split(tmp_path: Path) -> Callable[[Sequence[range]], list[OwedShards]]:
+    """What one store owes for several datasets: ranges of twelve shards of two images."""
+    for index in range(24):
         draw(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", index, 8)
     dataset = load_dataset("folder", tmp_path / "images")
     ids = dataset.table["id"].tolist()
     store = FeatureStore(make_store(tmp_path / "home", rows_per_shard=2))
-    plan = Plan(tuple(Shard(n, tuple(ids[2 * n : 2 * n + 2])) for n in range(4)), 0, 8, 0)
-    return OwedShards([OwedStore(store, plan, 2)], dataset)
+
+    def make(numbers: Sequence[range]) -> list[OwedShards]:
+        shards = [tuple(Shard(n, tuple(ids[2 * n : 2 * n + 2])) for n in some) for some in numbers]
+        return [OwedShards([OwedStore(store, Plan(some, 0, 2 * len(some), 0), 2)], dataset) for some in shards]
+
+    return make
+
+
+@pytest.fixture
+def owed(split: Callable[[Sequence[range]], list[OwedShards]]) -> OwedShards:
+    """Four shards of two images in one store."""
+    return split([range(4)])[0]
 
 
 def carry_out(pool: Paper, owed: OwedShards, most: int | None = None) -> tuple[list[int], list[str]]:
@@ -236,6 +252,50 @@ def test_a_stop_lets_what_is_handed_out_end_and_hands_out_no_more(owed: OwedShar
     pool = Paper(owed.stores[0].path, script={1: ["stop"]}, stop=Stop())
     computed, _ = carry_out(pool, owed)
     assert 1 <= len(computed) == len(pool.given) <= 2
+
+
+def test_what_is_owed_next_goes_out_while_the_last_shards_are_computed(
+    split: Callable[[Sequence[range]], list[OwedShards]],
+) -> None:
+    owed = split([range(2), range(2, 4), range(4, 6)])
+    pool = Paper(owed[0].stores[0].path, script={1: ["slow"]})
+    complete = list(Dispatch(pool, owed, Stop()).run(lambda rows: None))
+    assert complete == [*owed[1:], owed[0]]
+    assert pool.given == [(1, 0), (2, 1), (2, 2), (2, 3), (2, 4), (2, 5), (1, 0)]
+    assert pool._started == 2  # for all of them
+    assert [each.computed for each in owed] == [[4], [4], [4]]
+
+
+def test_no_more_than_two_datasets_are_open_while_one_is_planned(
+    split: Callable[[Sequence[range]], list[OwedShards]],
+) -> None:
+    owed, done, unfinished = split([range(2 * k, 2 * k + 2) for k in range(6)]), list[OwedShards](), list[int]()
+
+    def plan() -> Iterator[OwedShards]:
+        for k, each in enumerate(owed):
+            unfinished.append(k - len(done))
+            yield each
+
+    pool = Paper(owed[0].stores[0].path, nodes=3, script={1: ["slow", "slow"], 2: ["done", "slow"], 3: ["slow"]})
+    for each in Dispatch(pool, plan(), Stop()).run(lambda rows: None):
+        done.append(each)
+    assert (len(done), max(unfinished)) == (6, 1)
+
+
+def test_a_worker_is_lost_with_a_shard_of_an_earlier_dataset(
+    split: Callable[[Sequence[range]], list[OwedShards]],
+) -> None:
+    owed = split([range(2), range(2, 4)])
+    pool = Paper(owed[0].stores[0].path, nodes=2, script={1: ["slow", "lost with its node"]})
+    assert {*Dispatch(pool, owed, Stop()).run(lambda rows: None)} == {*owed}
+    assert sorted(shard for _, shard in pool.given) == [0, 0, 0, 1, 2, 3]
+
+
+def test_nothing_more_is_planned_after_a_stop(split: Callable[[Sequence[range]], list[OwedShards]]) -> None:
+    owed, stop = split([range(2), range(2, 4)]), Stop()
+    pool = Paper(owed[0].stores[0].path, script={2: ["stop"]}, stop=stop)
+    assert list(Dispatch(pool, owed, stop).run(lambda rows: None)) == owed[:1]
+    assert sorted(shard for _, shard in pool.given) == [0, 1]
 
 
 def test_who_loses_a_race_for_a_shard_has_computed_nothing(owed: OwedShards) -> None:

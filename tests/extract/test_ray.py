@@ -17,6 +17,7 @@ import torch
 
 from embcache.config import EngineConfig, ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.data.partitioned import PartitionedDataset, load_partitioned
 from embcache.errors import EmbcacheError, RecipeError
 from embcache.extract.engines.engine import OwedShards, ShardOutcome
 from embcache.extract.extract import Extraction, extract
@@ -68,7 +69,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     return load_dataset("folder", root)
 
 
-def run(dataset: ImageDataset, home: Path, **options: object) -> tuple[Extraction, list[str]]:
+def run(dataset: ImageDataset | PartitionedDataset, home: Path, **options: object) -> tuple[Extraction, list[str]]:
     said = list[str]()
     config = ExtractConfig.make(options={"rows_per_shard": 4, "batch_size": 2, **options})
     with shown(said.append):
@@ -124,6 +125,29 @@ def test_pixels_that_workers_decode_first_give_the_same_features(
     done, said = run(dataset, home, engine="ray", address=cluster.address, stage="pixels", num_workers=1)
     assert contents(done.store.path) == whole
     assert any(line.startswith("pixels of 40 images are cached") for line in said)
+
+
+def test_workers_stay_from_one_partition_to_the_next(
+    cluster: Any, dataset: ImageDataset, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embcache.extract.engines.ray_cluster import RayPool
+
+    table = dataset.table.assign(label=[dataset.class_names[label] for label in dataset.table["label"]])
+    assert dataset.root is not None
+    table[["id", "path", "label"]].to_parquet(dataset.root / "t.parquet")
+
+    def extracted(home: Path, **options: object) -> Extraction:
+        parts = load_partitioned(dataset.root / "t.parquet", name="d", rows=16, home=home)
+        return run(parts, home, **options)[0]
+
+    started, start = list[RayPool](), RayPool.start
+    monkeypatch.setattr(RayPool, "start", lambda pool: started.append(pool) or start(pool))
+    done = extracted(home, engine="ray", address=cluster.address)
+    assert (done.computed, done.left, len(done.store)) == (40, 0, 40)
+    assert (len(started), len({*started})) == (2, 1)
+    assert contents(done.store.path) == contents(extracted(tmp_path / "local").store.path)
+    again = extracted(home, engine="ray", address=cluster.address)
+    assert (again.computed, again.cached) == (0, 40)
 
 
 def test_a_worker_with_another_network_is_refused(

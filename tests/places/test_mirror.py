@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from embcache.cli import app
 from embcache.data.dataset import load_dataset
 from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.extract import recipes
-from embcache.extract.engines.engine import Engine, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.engines.engine import Engine, OwedShards, ShardJob
 from embcache.extract.pixels import PixelJob, cache_pixels
 from embcache.io import mirror_of, replace_file
 from embcache.maintain.gc import collect, collect_home
@@ -503,16 +503,17 @@ def test_a_copy_that_was_cut_is_brought_again(machine: Machine) -> None:
 
 def test_pixels_that_another_machine_decodes_are_committed_there(machine: Machine, images: Path) -> None:
     class Elsewhere(Engine):
-        def run(self, shards: OwedShards, job: ShardJob) -> Iterator[tuple[OwedShard, ShardOutcome]]:
-            other = machine("two")
+        def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
+            other, (shards,) = machine("two"), owed
             assert isinstance(job, PixelJob)
             assert job.workers == 1  # thread: a worker has one core
             with pickle.loads(pickle.dumps(job)).open() as worker:
                 assert worker.stores[0].path.is_relative_to(other)
                 for key, stores in shards.waiting.items():
                     shard = shards.shard(key, stores)
-                    yield shards.count(shard, worker.run(shard))
+                    shards.settle(shard, worker.run(shard))
             machine("one")
+            yield shards
 
     home = machine("one")
     transform = choose_transform(find_backbone("random"), "paper", {(40, 40)})
