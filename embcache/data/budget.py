@@ -119,8 +119,10 @@ class Decoding:
         self._noted.setdefault(what, []).append(name)
 
     def notes(self) -> list[str]:
-        """One line for each thing that was noted."""
-        return [f"{len(names):,} images: {what} ({first_few(sorted(names), 3)})" for what, names in self._noted.items()]
+        """One line for each thing that was noted since the last call."""
+        noted = dict(self._noted)
+        self._noted.clear()
+        return [f"{len(names):,} images: {what} ({first_few(sorted(names), 3)})" for what, names in noted.items()]
 
 
 def pixels_of(reason: str) -> int:

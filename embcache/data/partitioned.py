@@ -87,17 +87,19 @@ class PartitionedDataset:
 
     def parts(self) -> Iterator[ImageDataset]:
         """The dataset of each partition's rows, one after the other; extraction and `FeatureStore.arrays` take them."""
-        for digest in self.partitions:
-            table = read_partition(self.folder, digest).combine_chunks()
-            frame = table.to_pandas()
-            coded = table["label"].combine_chunks().dictionary_encode()
-            numbers = [self.labels.get(text, -1) for text in coded.dictionary.to_pylist()]
-            frame["label"] = np.array(numbers, np.int64)[coded.indices.to_numpy()]
-            yield ImageDataset(
-                self.name, self.root, self.class_names, metric="auc" if len(self.class_names) == 2 else "macro_auc",
-                augment="generic", table=frame, origin=self.origin, ref=self.ref,
-                part=Partition(digest, tuple(self.partitions), len(self), self.sizes),
-            )  # fmt: skip
+        return map(self._part, self.partitions)
+
+    def _part(self, digest: str) -> ImageDataset:
+        table = read_partition(self.folder, digest).combine_chunks()
+        frame = table.to_pandas()
+        coded = table["label"].combine_chunks().dictionary_encode()
+        numbers = [self.labels.get(text, -1) for text in coded.dictionary.to_pylist()]
+        frame["label"] = np.array(numbers, np.int64)[coded.indices.to_numpy()]
+        return ImageDataset(
+            self.name, self.root, self.class_names, metric="auc" if len(self.class_names) == 2 else "macro_auc",
+            augment="generic", table=frame, origin=self.origin, ref=self.ref,
+            part=Partition(digest, tuple(self.partitions), len(self), self.sizes),
+        )  # fmt: skip
 
 
 def text_array(table: pd.DataFrame, column: str) -> pa.LargeStringArray:

@@ -16,13 +16,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,7 @@ class Extraction:
         """The extraction of this partition and another one."""
         counts = ("computed", "cached", "added", "changed", "retried", "left", "undone")
         added = {name: vars(self)[name] + vars(other)[name] for name in counts}
-        store, bad = FeatureStore(self.store.path), {**self.quarantined, **other.quarantined}
-        return replace(self, store=store, quarantined=bad, **added)
+        return replace(self, quarantined={**self.quarantined, **other.quarantined}, **added)
 
 
 def extract_features(
@@ -151,11 +151,11 @@ def extract(
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
     started, config = time.monotonic(), config or ExtractConfig()
     with _Run(backbones, config, home, stop or Stop()) as run:
-        parts = run.begin_each(dataset)
+        begun = run.begin_each(dataset)
         # While pixels are staged, Ray may have no room for other workers.
-        together = ((p.job, [p]) for p in parts) if config.stage else groupby(parts, lambda part: part.job)
+        together = ((each[0], [each]) for each in begun) if config.stage else groupby(begun, itemgetter(0))
         for job, some in together:
-            for shards in run.engine(job).run((part.shards for part in some), job):
+            for shards in run.engine(job).run((shards for _, shards in some), job):
                 run.finish(shards)
     return run.summary(len(dataset), time.monotonic() - started)
 
@@ -165,10 +165,8 @@ class _Part:
     """A dataset, or one partition of it, in a run that owes something for it."""
 
     dataset: ImageDataset
-    files: DatasetFiles
     owed: Sequence[OwedStore]
-    shards: OwedShards
-    job: FeatureJob
+    threads: int
     learning: ExitStack  # keeps what is learned of the files
 
 
@@ -200,26 +198,34 @@ class _Run:
             for part in self._begun.values():
                 part.learning.close()
 
-    def begin_each(self, dataset: ImageDataset | PartitionedDataset) -> Iterator[_Part]:
-        """The partitions of a dataset for which something is owed, or the dataset where it has none."""
-        parts = iter([dataset]) if isinstance(dataset, ImageDataset) else self._partitions(dataset)
-        while not self._stop.requested and (each := next(parts, None)) is not None:
-            self._stop.complete, self._images = False, self._images + len(each)
-            if (part := self._begin(each)) is not None:
-                yield part
+    def begin_each(self, dataset: ImageDataset | PartitionedDataset) -> Iterator[tuple[FeatureJob, OwedShards]]:
+        """What is owed for each partition of a dataset, or for one that has none, and how it is computed.
 
-    def _partitions(self, dataset: PartitionedDataset) -> Iterator[ImageDataset]:
+        A partition is in memory only while it is planned or computed.
+        """
+        parts: Iterable[ImageDataset] = [dataset] if isinstance(dataset, ImageDataset) else self._partitions(dataset)
+        for begun in map(self._begin, parts):
+            if begun is not None:
+                yield begun
+            if self._stop.requested:
+                return
+
+    def _partitions(self, dataset: PartitionedDataset) -> Iterable[ImageDataset]:
         sizes = decisive_sizes(dataset, self._home, self._decoding)
-        for each in replace(dataset, sizes=sizes).parts():
-            bad = [len(one.quarantined) for one in self._done] or [0] * len(self._names)
-            for part in self._begun.values():
-                more = [_shown(one.store, part.dataset).quarantined for one in part.owed]
-                bad = [one + len(other) for one, other in zip(bad, more, strict=True)]
-            yield replace(each, part=each.part and replace(each.part, bad=max(bad)))
+        return map(self._counting, replace(dataset, sizes=sizes).parts())
 
-    def _begin(self, dataset: ImageDataset) -> _Part | None:
+    def _counting(self, dataset: ImageDataset) -> ImageDataset:
+        """A partition that knows how many images of those before it are quarantined."""
+        bad = [len(one.quarantined) for one in self._done] or [0] * len(self._names)
+        for part in self._begun.values():
+            more = [_shown(one.store, part.dataset).quarantined for one in part.owed]
+            bad = [one + len(other) for one, other in zip(bad, more, strict=True)]
+        return replace(dataset, part=dataset.part and replace(dataset.part, bad=max(bad)))
+
+    def _begin(self, dataset: ImageDataset) -> tuple[FeatureJob, OwedShards] | None:
         """Scan the files, open the stores, and plan what they owe."""
         began, config, home = time.time_ns(), self._config, self._home
+        self._stop.complete, self._images = False, self._images + len(dataset)
         with ThreadPoolExecutor(self._workers) as pool:
             files = scan_dataset(dataset, home, pool, self._decoding)
             models = _models(self._backbones, dataset, files, config, home)
@@ -231,7 +237,7 @@ class _Run:
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         files.keep()
         shards = OwedShards(owed, dataset, config.part, files.scan.learn)
-        self._stop.complete = not shards.waiting
+        self._stop.complete = not (shards.waiting or self._begun)
         if not shards.waiting:
             self._add(dataset, owed, shards, 0)
             return None
@@ -243,9 +249,9 @@ class _Run:
 
             engine = self._engine(f"decode {dataset.name}", replace(config, gpus_per_worker=None), config.workers or 1)
             stage_pixels(self._networks, owed, dataset, files, config, home=home, engine=engine)
-        part = _Part(dataset, files, owed, shards, self._job(dataset, files, owed), learning)
-        self._begun[shards] = part
-        return part
+        job = self._job(dataset, files, owed)
+        self._begun[shards] = _Part(dataset, owed, job.threads, learning)
+        return job, shards
 
     def _open(self, dataset: ImageDataset, files: DatasetFiles) -> list[FrozenNetwork]:
         """The networks: those of one partition are those of all."""
@@ -304,7 +310,7 @@ class _Run:
         """Keep what was learned, and count what was done."""
         part = self._begun.pop(shards)
         part.learning.close()
-        self._add(part.dataset, part.owed, shards, part.job.threads)
+        self._add(part.dataset, part.owed, shards, part.threads)
 
     def _add(self, dataset: ImageDataset, owed: Sequence[OwedStore], shards: OwedShards, threads: int) -> None:
         for store in shards.stores:
@@ -313,14 +319,16 @@ class _Run:
             _summarize(each, dataset, computed, self._config, threads)
             for each, computed in zip(owed, shards.computed, strict=True)
         ]
+        for note in self._decoding.notes():
+            log.warning(note)
+        if dataset.part is not None:  # of the others, only counts and reasons are kept
+            done = [replace(one, store=FeatureStore(one.store.path)) for one in done]
         self._done = [one.joined(other) for one, other in zip(self._done, done, strict=True)] if self._done else done
 
     def summary(self, images: int, seconds: float) -> list[Extraction]:
         """What was done for a dataset of so many images; what was begun may not be complete."""
         for shards in list(self._begun):
             self.finish(shards)
-        for note in self._decoding.notes():
-            log.warning(note)
         rest = images - self._images
         return [
             replace(one, left=one.left + rest, undone=one.undone + rest, seconds=seconds) for one in self._done

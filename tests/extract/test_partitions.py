@@ -157,6 +157,14 @@ def test_a_run_that_is_stopped_says_what_is_left_of_all_partitions(root: Path, h
     assert facts(go(load(root))) == (60 - SHARD, SHARD, 28, 0, 0)
 
 
+def test_a_stop_before_the_first_shard_leaves_everything(root: Path, home: Path) -> None:
+    stop = Stop()
+    stop.request()
+    for dataset, begun in ((load(root), ROWS), (load_dataset("folder", root / "t.parquet"), 60)):
+        (done,) = extract(dataset, ["random"], ExtractConfig(rows_per_shard=SHARD), home=home, stop=stop)
+        assert (done.computed, done.left, done.undone, done.added) == (0, 60, 60, begun)
+
+
 def test_changed_images_alone_are_computed_again(root: Path, home: Path) -> None:
     before = rows(go(load(root)).store)
     draw(root / "005.png", 1005)

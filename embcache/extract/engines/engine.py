@@ -104,6 +104,9 @@ class OwedShards:
             self.computed[index] += len(shard.sources)
         if outcome.digests:
             self._learn(shard.sources, outcome.digests)
+        if not self.left:  # table and IDs would stay in memory for as long as an engine refers to this
+            del self.dataset, self._places, self._learn
+            self.waiting = {}
 
 
 def in_part(number: int, part: tuple[int, int] | None) -> bool:
