@@ -3,7 +3,7 @@
 ::
 
     <home>/<dataset>/partitions/<digest>.parquet       at most `MOST_ROWS` rows; every column is text
-                                <digest>.scan.parquet  what the last scan saw of their files; it only saves work
+                                <key>.scan.parquet     what the last scan saw of their files; it only saves work
 
 A partition is named after its content, the first 16 digits of a sha256 over its columns: equal rows are one file,
 whichever library writes it, and what is read is compared with the name. Plans refer to rows of partitions.
@@ -106,6 +106,22 @@ def read_partition(
             expected="the rows that its name was made from", found=str(error).partition("\n")[0][:200], where=path,
             fix="extract again with the table that it was made from, --data-root TABLE: it is then written anew",
         ) from error  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def columns_key(dataset_dir: Path, digest: str, *columns: str) -> str:
+    """The same 16 digits for partitions with the same values in some columns; its digest where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(pa.BufferReader(read_regular(partition_path(dataset_dir, digest))))
+        rows, found = typed(tuple[int, list[tuple[str, str]]], parse((schema.metadata or {})[_META]), "")
+        if _name(rows, [list(each) for each in found]) != digest:
+            raise ValueError("columns of another partition")
+        return _name(rows, [[name, dict(found)[name]] for name in columns])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return digest
 
 
 def partition_rows(dataset_dir: Path, digest: str, start: int, stop: int) -> tuple[list[str], list[str]]:

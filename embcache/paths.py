@@ -14,7 +14,7 @@ from embcache.io import PathLike as PathLike
 from embcache.io import mirror_of, mirrors
 from embcache.log import log
 from embcache.mirror import Mirror, home_of, shown_home
-from embcache.places import is_url
+from embcache.places import is_url, refuse_url
 
 
 def home_dir(home: PathLike | None = None) -> Path:
@@ -60,7 +60,9 @@ def weights_dir(home: PathLike | None = None) -> Path:
     """
     folder = home_dir(home)
     folder = folder if mirror_of(folder) is None else Path.home() / ".cache" / "embcache"
-    return Path(os.environ.get("EMBCACHE_WEIGHTS") or folder / "weights").expanduser()
+    given = os.environ.get("EMBCACHE_WEIGHTS")
+    refuse_url(given, "a folder in EMBCACHE_WEIGHTS; a checkpoint by its address is --weights NAME=s3://…")
+    return Path(given or folder / "weights").expanduser()
 
 
 def slug(name: str) -> str:

@@ -223,8 +223,6 @@ LIBRARIES = {
     "onnx": "embcache.backbones.onnx_models",
 }
 OWN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# Bytes, as torch allocates memory. On AMD processors the last bits of MKL's products depend on where weights lie.
-_ALIGNMENT = 64
 FORMS = (
     "random:SEED, timm:NAME, timm:hf-hub:ORG/NAME, hf:ORG/NAME, hf:FOLDER, open_clip:MODEL/PRETRAINED, "
     "open_clip:hf-hub:ORG/NAME, open_clip:FOLDER, onnx:FILE, MINE=one of these"
@@ -465,9 +463,9 @@ def load_backbone(
 def _freeze(
     spec: Backbone, module: nn.Module, digest: str, origin: str, inferred: str = "", given: PathLike | None = None
 ) -> LoadedBackbone:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT:  # mapped from a file: it may lie anywhere
-            tensor.data = tensor.data.clone()
+    from embcache.backbones.networks import align
+
+    align(module)
     where = "" if given is None else as_url(given) if is_url(given) else str(Path(given).resolve())
     return LoadedBackbone(spec, module.eval().requires_grad_(False), digest, origin, inferred, where)
 

@@ -32,7 +32,10 @@ RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | sha256sum | cut -c 1-64)
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 on=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK")
-head=$("${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" hostname --ip-address | awk '{{print $1}}')
+# Its own address as the others see it: on some systems the first one of a node is that of the node alone.
+head=$("${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \
+  bash -c 'echo $(hostname --ip-address) $(hostname -I)' | tr ' ' '\n' |
+  awk '/:/ {{next}} !/^127[.]/ {{print; found = 1; exit}} {{own = $0}} END {{if (!found) print own}}')
 address="$head:$((20000 + SLURM_JOB_ID % 20000))"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 "${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \\
@@ -88,9 +91,8 @@ def batch_script(
     ray = config.engine == "ray"
     if ray:
         cores = config.cpus_per_worker or max(1, slurm.cpus // max(slurm.gpus, 1))
-        config = replace(
-            config, cpus_per_worker=cores, gpus_per_worker=config.gpus_per_worker or (1.0 if slurm.gpus else None)
-        )
+        gpus = 1.0 if slurm.gpus and config.gpus_per_worker is None else config.gpus_per_worker
+        config = replace(config, cpus_per_worker=cores, gpus_per_worker=gpus)
     if ref.data_root is not None:
         ref = replace(ref, data_root=ref.data_root.expanduser().absolute())
     words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby
+from math import prod
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,8 @@ def extract(
 ) -> list[Extraction]:
     """Extract as `extract_features` does, and return what was done; ``stop`` ends the run after the current shard."""
     started, config = time.monotonic(), config or ExtractConfig()
-    with _Run(backbones, config, home, stop or Stop()) as run:
+    with ExitStack() as closing:
+        run = _Run(backbones, config, home, stop or Stop(), closing)
         begun = run.begin_each(dataset)
         # While pixels are staged, Ray may have no room for other workers.
         together = ((each[0], [each]) for each in begun) if config.stage else groupby(begun, itemgetter(0))
@@ -167,36 +169,28 @@ class _Part:
     dataset: ImageDataset
     owed: Sequence[OwedStore]
     threads: int
-    learning: ExitStack  # keeps what is learned of the files
+    learning: ExitStack  # closing it keeps what was learned of the files
 
 
 class _Run:
     """What the partitions of an extraction have in common, those that are begun, and what was done.
 
-    However its ``with`` block ends, what was learned of the files is kept.
+    ``closing`` keeps what was learned of the files however the run ends, and then leaves Ray.
     """
 
     def __init__(
-        self, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None, stop: Stop
-    ) -> None:
+        self, backbones: Sequence[str | Backbone], config: ExtractConfig, home: PathLike | None, stop: Stop,
+        closing: ExitStack,
+    ) -> None:  # fmt: skip
         self._backbones, self._config, self._home, self._stop = backbones, config, home, stop
         self._names = [backbone if isinstance(backbone, str) else backbone.name for backbone in backbones]
         devices, self._ray = split_devices(config.device), config.engine == "ray"
         self._workers = config.workers or max(1, default_workers() // len(devices))
         self._others = configs_of_others(backbones, devices, config, self._workers)
-        self._decoding, self._closing = Decoding(check_max_pixels(config.max_pixels)), ExitStack()
+        self._decoding, self._closing = Decoding(check_max_pixels(config.max_pixels)), closing
         self._networks: list[FrozenNetwork] = []
         self._executed: dict[tuple[int, str], FrozenNetwork] = {}  # by the place of the network, and the runtime
         self._begun, self._images, self._done = dict[OwedShards, _Part](), 0, list[Extraction]()
-
-    def __enter__(self) -> _Run:
-        self._closing.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with self._closing:
-            for part in self._begun.values():
-                part.learning.close()
 
     def begin_each(self, dataset: ImageDataset | PartitionedDataset) -> Iterator[tuple[FeatureJob, OwedShards]]:
         """What is owed for each partition of a dataset, or for one that has none, and how it is computed.
@@ -215,12 +209,9 @@ class _Run:
         return map(self._counting, replace(dataset, sizes=sizes).parts())
 
     def _counting(self, dataset: ImageDataset) -> ImageDataset:
-        """A partition that knows how many images of those before it are quarantined."""
-        bad = [len(one.quarantined) for one in self._done] or [0] * len(self._names)
-        for part in self._begun.values():
-            more = [_shown(one.store, part.dataset).quarantined for one in part.owed]
-            bad = [one + len(other) for one, other in zip(bad, more, strict=True)]
-        return replace(dataset, part=dataset.part and replace(dataset.part, bad=max(bad)))
+        """A partition that knows how many images of those that are finished are quarantined."""
+        bad = max((len(one.quarantined) for one in self._done), default=0)
+        return replace(dataset, part=dataset.part and replace(dataset.part, bad=bad))
 
     def _begin(self, dataset: ImageDataset) -> tuple[FeatureJob, OwedShards] | None:
         """Scan the files, open the stores, and plan what they owe."""
@@ -236,19 +227,20 @@ class _Run:
         if dataset.part is None:  # partitions are kept when they are made
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         files.keep()
-        shards = OwedShards(owed, dataset, config.part, files.scan.learn)
-        self._stop.complete = not (shards.waiting or self._begun)
+        shards = OwedShards(owed, dataset, config.part, files.scan.learn, last=self._images == dataset.total)
         if not shards.waiting:
+            self._stop.complete = shards.last and not self._begun
             self._add(dataset, owed, shards, 0)
             return None
         self._closing.enter_context(ray_connection(config))
-        learning = ExitStack()
+        learning = self._closing.enter_context(ExitStack())
         learning.enter_context(files.learning())
         if config.stage:
             from embcache.extract.pixels import stage_pixels
 
             engine = self._engine(f"decode {dataset.name}", replace(config, gpus_per_worker=None), config.workers or 1)
             stage_pixels(self._networks, owed, dataset, files, config, home=home, engine=engine)
+            self._stop.complete = False
         job = self._job(dataset, files, owed)
         self._begun[shards] = _Part(dataset, owed, job.threads, learning)
         return job, shards
@@ -279,18 +271,18 @@ class _Run:
             pixels=tuple((key, pixels.store.path.name, pixels.stale) for key, pixels in cached.items()),
             workers=config.workers or threads if ray else self._workers,
         )  # fmt: skip
+
+        def ids(partition: str) -> list[str]:
+            return job.ids(partition) if partition else dataset.table["id"].tolist()
+
+        self._quarantine = Quarantine(job.images, ids, files.root, config, job.partitions)
         if ray:
             return job
         for key, network in zip(enumerate(each.runtime for each in owed), self._networks, strict=True):
             if key not in self._executed and (dataset.part or owed[key[0]].plan.shards):
                 self._executed[key] = network.executed_by(key[1], kept_conversion(network, self._home))
         networks = [self._executed.get((k, each.runtime), self._networks[k]) for k, each in enumerate(owed)]
-
-        def ids(partition: str) -> list[str]:
-            return job.ids(partition) if partition else dataset.table["id"].tolist()
-
-        quarantine = Quarantine(job.images, ids, files.root, config, job.partitions)
-        return replace(job, here=Here(networks, cached, self._decoding, quarantine))
+        return replace(job, here=Here(networks, cached, self._decoding, self._quarantine))
 
     def engine(self, job: FeatureJob) -> Engine:
         """Who computes."""
@@ -324,6 +316,9 @@ class _Run:
         if dataset.part is not None:  # of the others, only counts and reasons are kept
             done = [replace(one, store=FeatureStore(one.store.path)) for one in done]
         self._done = [one.joined(other) for one, other in zip(self._done, done, strict=True)] if self._done else done
+        if shards.unusable:  # workers that checked at once did not know of each other's
+            most = max((one.quarantined for one in self._done), key=len)
+            self._quarantine.check_total(most, f"{shards.unusable:,} of them found by this run")
 
     def summary(self, images: int, seconds: float) -> list[Extraction]:
         """What was done for a dataset of so many images; what was begun may not be complete."""
@@ -370,9 +365,10 @@ def _open_store(
         see = partial(first_batch, files.root, sources, network, pool, Decoding(check_max_pixels(config.max_pixels)))
         runtime = safe_runtime(network.executed_by(runtime, kept_conversion(network, home)), see, requested)
     canaries = cache(partial(canary_features, network))
+    usual_rows = default_rows("place" if mirror_of(path) else device, dataset.total, network.row_shape)
     path = create_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
-        rows_per_shard=config.rows_per_shard or default_rows("place" if mirror_of(path) else device, dataset.total),
+        rows_per_shard=config.rows_per_shard or usual_rows,
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), runtime=runtime,
         threads=config.cpus_per_worker or _threads(),
         provenance={
@@ -411,16 +407,16 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def default_rows(device: str, images: int) -> int:
+def default_rows(device: str, images: int, row_shape: Sequence[int] = ()) -> int:
     """Rows per shard of a new store, by the type of the device (``cpu``, ``cuda``, …), or ``place`` in an object store.
 
     Doubled until there are not too many shards, but in an object store, where many workers are to share them; at most
-    the number of images (but 64), for a shard takes the memory of all its rows.
+    the number of images (but 64), and a gigabyte of float32, for a shard takes the memory of all its rows.
     """
     rows = ROWS_PER_SHARD.get(device, ROWS_PER_SHARD["cuda"])
     while images > rows * _MOST_SHARDS and device != "place":
         rows *= 2
-    return min(rows, max(images, 64))
+    return min(rows, max(images, 64), max(1, (1 << 28) // prod(row_shape)))
 
 
 def _summarize(

@@ -107,6 +107,9 @@ def cache_pixels(
         if dataset.part is None:
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
         plan = plan_store(store, wanted, files.scan)
+        if ids is not None and dataset.part is not None:
+            needed = set(ids)
+            plan = replace(plan, shards=tuple(each for each in plan.shards if not needed.isdisjoint(each.ids)))
         files.keep()
         if owed := sum(len(shard.ids) for shard in plan.shards):
             size = f"{framing.size[1]}×{framing.size[0]}"

@@ -96,17 +96,20 @@ class Quarantine:
                 tally = self._tallies[store.path] = _Tally(store.path, ids, others)
             again = set(each.ids)  # rows of the same images that were there are superseded
             before = {image: why for image, why in tally.bad().items() if image not in again}
-            if shard.bad + len(before) + len(bad) > self._allowed:
-                raise self._too_many({**bad, **before}, len(bad), shard.bad)
+            new = f"{len(bad):,} of them in the current shard, which is not committed"
+            self.check_total({**bad, **before}, new, shard.bad)
 
-    def _too_many(self, bad: Mapping[str, str], new: int, elsewhere: int) -> DatasetError:
+    def check_total(self, bad: Mapping[str, str], new: str, elsewhere: int = 0) -> None:
+        """Refuse a number of unusable images, given with their reasons; ``new`` says where the last ones were found."""
         total = elsewhere + len(bad)
+        if total <= self._allowed:
+            return
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
         if total > len(lines):
             lines.append(f"… and {total - len(lines):,} more")
-        return DatasetError(
-            f"too many images cannot be used: {total:,} of {self._images:,} ({new:,} of them in the current "
-            "shard, which is not committed)", code="too-many-bad-images", found="\n".join(lines), where=self._root,
+        raise DatasetError(
+            f"too many images cannot be used: {total:,} of {self._images:,} ({new})",
+            code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",
             fix="repair or remove them and run the same command: what is committed stays; or accept more of them: "
             f"the same command with --max-bad {total}",

@@ -43,7 +43,7 @@ from embcache.extract.part_plan import Shard as Shard
 from embcache.extract.part_plan import plan_part
 from embcache.extract.quarantine import LEFT, medium_failed
 from embcache.io import read_regular
-from embcache.partitions import MOST_ROWS, Partition
+from embcache.partitions import MOST_ROWS, Partition, columns_key
 from embcache.paths import PathLike, home_dir, slug
 from embcache.sealed import open_parquet
 from embcache.store.commit import publish_plan, write_scan
@@ -221,14 +221,14 @@ class DatasetFiles:
         if self.part is None:
             write_scan(self.folder, encode_scan(self.scan))
         else:
-            write_scan(self.folder, encode_part(self.scan), _kept_scan(self.part))
+            write_scan(self.folder, encode_part(self.scan), _kept_scan(self.folder, self.part))
 
     def recall(self) -> None:
         """Take over what was kept of unchanged files, here or by other processes."""
         if self.part is None:
             self.scan.recall(decode_scan(self.folder / "scan.parquet"))
         else:
-            self.scan.recall_part(decode_part(self.folder / _kept_scan(self.part)))
+            self.scan.recall_part(decode_part(self.folder / _kept_scan(self.folder, self.part)))
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -249,7 +249,7 @@ def scan_dataset(
     """Look at every file of a dataset; what an earlier scan knows of unchanged ones is not read again."""
     root, folder = image_root(dataset), home_dir(home) / slug(dataset.name)
     if (part := dataset.part) is not None:
-        scan = scan_part(dataset, root, decode_part(folder / _kept_scan(part)), pool, decoding)
+        scan = scan_part(dataset, root, decode_part(folder / _kept_scan(folder, part)), pool, decoding)
         return DatasetFiles(root, folder, scan, part.sizes or read_sizes(scan, pool), part)
     scan = scan_images(dataset, root, decode_scan(folder / "scan.parquet"), pool, decoding)
     sizes = read_sizes(scan, pool)
@@ -419,8 +419,9 @@ def decode_part(path: Path) -> pa.Table | None:
     return table if ours and (table.schema.metadata or {}).get(_DECODER.encode()) == DECODER_VERSION.encode() else None
 
 
-def _kept_scan(part: Partition) -> str:
-    return f"partitions/{part.digest}.scan.parquet"
+def _kept_scan(folder: Path, part: Partition) -> str:
+    """Named after the files: it stays where labels or other columns change."""
+    return f"partitions/{columns_key(folder, part.digest, 'path', 'place')}.scan.parquet"
 
 
 def decode_scan(path: Path) -> pd.DataFrame | None:

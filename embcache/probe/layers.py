@@ -36,7 +36,7 @@ def init_linear(generator: torch.Generator, name: str, fan_in: int, fan_out: int
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Zeros beside the last axis, to multiples of 16 bytes.
+    """Zeros beside the last axis, to multiples of four values.
 
     On AMD processors the last bits of MKL's products depend on where rows lie, which is another place in a stack.
     """
@@ -57,26 +57,32 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x, weight, ctx.width = _aligned(x), _aligned(weight), x.shape[-1]
         ctx.save_for_backward(x, weight)
+        rows, x, weight = x.shape[1], _aligned(x), _aligned(weight)
+        if rows == 1:  # a product with one row sums in another order for one head than for several
+            x = F.pad(x, (0, 0, 0, 1))
         with plain_arithmetic(x):
             if weight.shape[1] <= _NARROW:
-                return torch.baddbmm(bias[:, :, None], weight, x.transpose(1, 2)).transpose(1, 2).contiguous()
-            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+                out = torch.baddbmm(bias[:, :, None], weight, x.transpose(1, 2)).transpose(1, 2)
+            else:
+                out = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        return out[:, :rows].contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (out,) = gradients
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        width = x.shape[-1]
         # Of one output bmm sums in an order that depends on the number of heads, so zeros go beside it.
         wide = F.pad(out, (0, 1)) if out.shape[-1] == 1 else out
         with plain_arithmetic(x):
             return (
-                torch.bmm(out, weight)[..., : ctx.width] if of_x else None,
-                torch.bmm(wide.transpose(1, 2).contiguous(), x)[:, : out.shape[-1], : ctx.width] if of_weight else None,
+                torch.bmm(out, _aligned(weight))[..., :width] if of_x else None,
+                torch.bmm(wide.transpose(1, 2).contiguous(), _aligned(x))[:, : out.shape[-1], :width]
+                if of_weight else None,
                 out.sum(1) if of_bias else None,
-            )
+            )  # fmt: skip
 
 
 def layer_norm(params: Tensors, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:

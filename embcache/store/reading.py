@@ -26,7 +26,7 @@ import numpy as np
 from embcache.errors import CorruptStoreError, StoreError
 from embcache.io import IrregularError, bytes_under, is_folder, list_folder, mirror_of, open_regular, read_regular
 from embcache.mirror import shown_home
-from embcache.partitions import Partition
+from embcache.partitions import Partition, columns_key
 from embcache.paths import PathLike, home_dir
 from embcache.sealed import crc32c, unseal
 from embcache.store.schema import (
@@ -208,10 +208,16 @@ def store_bytes(store: Path) -> int:
 def numbers_of_part(store: Path, part: Partition) -> tuple[int, list[int]]:
     """The first free number; and those of the plans and shards that may hold rows of a partition, ascending.
 
-    They are its own ranges, lists of IDs, and ranges of partitions that the dataset no longer has.
+    They are its own ranges, lists of IDs, and ranges of partitions that the dataset no longer has, but for those with
+    the IDs of another one that it has.
     """
     numbers, others = sorted({*committed_numbers(store), *plan_numbers(store)}), {*part.current} - {part.digest}
-    return max(numbers, default=-1) + 1, [number for number in numbers if range_of(store, number)[0] not in others]
+    of_others = {columns_key(store.parent, digest, "id") for digest in others}
+
+    def elsewhere(digest: str) -> bool:
+        return digest in others or (bool(digest) and columns_key(store.parent, digest, "id") in of_others)
+
+    return max(numbers, default=-1) + 1, [n for n in numbers if not elsewhere(range_of(store, n)[0])]
 
 
 def range_of(store: Path, number: int) -> tuple[str, int]:

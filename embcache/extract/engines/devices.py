@@ -126,6 +126,7 @@ class Crew:
             raise
         finally:
             self._stop.others = False
+            self._stop.forget(self._close)
 
     def _start(self, config: ExtractConfig) -> None:
         # A session of its own: Ctrl-C at a terminal reaches the run, which passes it on in order.

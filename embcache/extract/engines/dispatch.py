@@ -83,6 +83,7 @@ class Dispatch:
     ) -> None:  # fmt: skip
         self._pool, self._stop, self._most, self._clock = pool, stop, most, clock
         self._owed: Iterator[OwedShards] | None = iter(owed)
+        self._fault: Exception | None = None  # of planning: it ends the run when what has gone out is settled
         self._waiting = deque[_Task]()
         self._elsewhere: list[_Task] = []  # other processes compute these
         self._look_again = 0.0  # when to ask for them once more
@@ -101,7 +102,9 @@ class Dispatch:
                 self._elsewhere.clear()
             if not self._stop.requested:
                 self._take_more()
-                self._stop.complete = not (self._waiting or self._elsewhere or self._busy)
+                self._stop.complete = not (self._waiting or self._elsewhere or self._busy or self._fault)
+            if self._fault is not None and not (self._waiting or self._busy):
+                raise self._fault
             if self._stop.complete or (self._stop.requested and not self._busy):
                 return
             if not self._stop.requested:
@@ -119,7 +122,10 @@ class Dispatch:
         while self._owed is not None and not self._waiting:
             if len({id(task.owner) for task in (*self._elsewhere, *(task for task, _ in self._busy.values()))}) > 1:
                 return  # tables of more would fill the memory
-            shards = next(self._owed, None)
+            try:
+                shards = next(self._owed, None)
+            except Exception as error:
+                shards, self._fault = None, error
             if shards is None:
                 self._owed = None
             else:
@@ -144,7 +150,8 @@ class Dispatch:
         left = [task.key[0] for task in (*self._waiting, *self._elsewhere)]
         images = sum(len(shard.ids) for shard in left)
         return EmbcacheError(
-            f"all workers are gone; {len(left):,} shards ({images:,} images) are left",
+            f"all workers are gone; {len(left):,} shards ({images:,} images) are left"
+            + (", and what is not planned yet" if self._owed is not None else ""),
             code="workers-gone", found="\n".join(map(str, self._failed)) or "no node has room for a worker",
             fix="start nodes again, then run the same command: what is committed stays",
         )  # fmt: skip

@@ -54,21 +54,24 @@ class ShardOutcome:
     settled: tuple[int, ...]  # stores in which it is committed; in the others another process is computing it
     computed: tuple[int, ...]  # those of them in which this worker committed it
     digests: tuple[str, ...] = ()  # of the images, where it was computed
+    unusable: int = 0  # images, where it was computed
 
 
 class OwedShards:
     """The shards that some stores owe for a dataset, or for one partition of it; of one part of them or of all.
 
-    ``learn`` is called with images that were computed, and the digests of what was read.
+    ``learn`` is called with images that were computed, and the digests of what was read. The run goes on after these
+    shards unless they are its ``last``.
     """
 
     def __init__(
         self, owed: Sequence[OwedStore], dataset: ImageDataset, part: tuple[int, int] | None = None,
-        learn: Callable[[Sequence[ImageRef], Sequence[str]], object] = lambda *_: None,
+        learn: Callable[[Sequence[ImageRef], Sequence[str]], object] = lambda *_: None, last: bool = True,
     ) -> None:  # fmt: skip
-        self.dataset, self._learn = dataset, learn
+        self.dataset, self._learn, self.last = dataset, learn, last
         self.stores = [each.store for each in owed]
         self.computed = [0] * len(owed)  # images per store that this run computed
+        self.unusable = 0  # of them, in the store that has most
         waiting: dict[tuple[Shard, int], list[int]] = {}
         for index, each in enumerate(owed):
             for shard in each.plan.shards:
@@ -100,6 +103,7 @@ class OwedShards:
     def settle(self, shard: OwedShard, outcome: ShardOutcome) -> None:
         """Count what became of a shard."""
         self.left -= len(outcome.settled)
+        self.unusable += outcome.unusable
         for index in outcome.computed:
             self.computed[index] += len(shard.sources)
         if outcome.digests:

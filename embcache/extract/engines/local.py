@@ -20,6 +20,7 @@ from tqdm import tqdm
 from embcache.cores import is_shortage, out_of_memory
 from embcache.data.budget import Decoding
 from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.quarantine import LEFT
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed
 from embcache.store.feature_store import FeatureStore
@@ -55,6 +56,10 @@ class Stop:
         self._callbacks.append(callback)
         if self.requested:
             callback()
+
+    def forget(self, callback: Callable[[], object]) -> None:
+        """Call it no more."""
+        self._callbacks.remove(callback)
 
     def wait(self, seconds: float) -> None:
         """Sleep, unless the run is to end."""
@@ -131,7 +136,8 @@ class Worker:
                     runtime=self.runtimes[index] if self.runtimes else None,
                 )
             )  # fmt: skip
-            return ShardOutcome(held, computed, rows[0].digests if computed else ())
+            bad = max(sum(why not in ("", LEFT) for why in each.reasons) for each in rows)
+            return ShardOutcome(held, computed, rows[0].digests, bad) if computed else ShardOutcome(held, ())
 
     def _compute(self, shard: OwedShard, on_rows: OnRows) -> tuple[list[ShardRows], int]:
         """The rows of a shard, and the batch size, halved if memory is short.
@@ -195,7 +201,7 @@ class LocalEngine(Engine):
                     waiting[key] = [index for index in sharing if index not in outcome.settled]
                     if not waiting[key]:
                         del waiting[key]
-                    stop.complete = not waiting
+                    stop.complete = shards.last and not waiting
                     shards.settle(shard, outcome)
                 finally:
                     stop.busy = False
