@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from embcache.backbones.catalog import find_backbone, load_backbone, repool
+from embcache.backbones.networks import align
 from embcache.backbones.transforms import normalize
 from embcache.config import ExtractConfig
 from embcache.data.dataset import load_dataset
@@ -430,3 +431,17 @@ def test_an_empty_timm_model_pools_its_tokens_as_a_loaded_one(tmp_path: Path) ->
     with torch.inference_mode():
         assert torch.equal(empty(x), loaded(x))
         assert loaded(x).shape == (2, spec.dim) == (2, 128)
+
+
+def test_weights_are_moved_to_where_torch_allocates_and_tied_ones_stay_tied() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = torch.nn.Parameter(torch.arange(33.0)[1:])
+            self.register_buffer("c", torch.arange(33.0)[1:].to_sparse())
+
+    module = Tied()
+    align(module)
+    assert module.a is module.b
+    assert module.a.data_ptr() % 64 == 0
+    assert module.a.tolist() == [*range(1, 33)]

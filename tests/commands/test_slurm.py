@@ -40,8 +40,15 @@ done
 _SRUN = """\
 #!/bin/bash
 for word in "$@"; do case "$word" in --*) echo "srun $word" >> "$SLURM_LOG"; shift;; *) break;; esac; done
-if [ "$*" = "hostname --ip-address" ]; then echo 127.0.0.1; exit; fi
 exec "$@"
+"""
+_HOSTNAME = """\
+#!/bin/bash
+case "$1" in
+  --ip-address) echo 127.0.1.1;;
+  -I) echo "fe80::1 ${SLURM_TEST_ADDRESS:-127.0.0.1} 127.0.0.1";;
+  *) echo node1;;
+esac
 """
 _SCONTROL = """\
 #!/bin/bash
@@ -56,7 +63,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     folder, python = tmp_path / "bin", Path(sys.executable).parent
     folder.mkdir()
     embcache = f'#!/bin/bash\nexec {sys.executable} -m embcache "$@"\n'
-    for name, text in {"sbatch": _SBATCH, "srun": _SRUN, "scontrol": _SCONTROL, "embcache": embcache}.items():
+    programs = {"sbatch": _SBATCH, "srun": _SRUN, "scontrol": _SCONTROL, "hostname": _HOSTNAME, "embcache": embcache}
+    for name, text in programs.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return {
@@ -144,3 +152,21 @@ def test_a_script_names_the_folder_of_copies(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_value_that_would_change_the_script_is_refused(value: str) -> None:
     with refused(UsageError, "slurm-value"):
         SlurmConfig(partition=value)
+
+
+@pytest.mark.parametrize(("own", "found"), [("10.1.2.3", "10.1.2.3"), ("127.0.0.1", "127.0.0.1")])
+def test_a_cluster_is_reached_by_an_address_that_other_nodes_see(
+    own: str, found: str, images: Path, home: Path, slurm: dict[str, str]
+) -> None:
+    text = script(images, home, SlurmConfig(jobs=2, cpus=1), engine="ray")
+    begins, ends = text.index("nodes=(" if "nodes=(" in text else "mapfile"), text.index("address=")
+    asked = f'{text[begins:ends]}\necho "$head"'
+    environment = {**slurm, "SLURM_TEST_ADDRESS": own, "SLURM_JOB_NODELIST": "nodes-2", "SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(["bash", "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found]
+
+
+def test_workers_without_gpus_may_be_asked_for_on_nodes_that_have_some(images: Path, home: Path) -> None:
+    asked = SlurmConfig(jobs=2, cpus=4, gpus=1)
+    assert "--gpus-per-worker 1.0" in script(images, home, asked, engine="ray")
+    assert "--gpus-per-worker 0" in script(images, home, asked, engine="ray", gpus_per_worker=0.0)

@@ -291,6 +291,22 @@ def test_a_worker_is_lost_with_a_shard_of_an_earlier_dataset(
     assert sorted(shard for _, shard in pool.given) == [0, 0, 0, 1, 2, 3]
 
 
+def test_planning_that_fails_ends_the_run_when_what_has_gone_out_is_committed(
+    split: Callable[[Sequence[range]], list[OwedShards]],
+) -> None:
+    owed, complete = split([range(3)]), list[OwedShards]()
+
+    def plan() -> Iterator[OwedShards]:
+        yield from owed
+        raise EmbcacheError("a partition is damaged", code="partition-damaged")
+
+    pool = Paper(owed[0].stores[0].path, script={1: ["slow"], 2: ["done", "lost"]})
+    with refused(EmbcacheError, "partition-damaged"):
+        complete.extend(Dispatch(pool, plan(), Stop()).run(lambda rows: None))
+    assert owed[0].stores[0].committed() == (0, 1, 2)
+    assert owed[0].left == 0
+
+
 def test_nothing_more_is_planned_after_a_stop(split: Callable[[Sequence[range]], list[OwedShards]]) -> None:
     owed, stop = split([range(2), range(2, 4)]), Stop()
     pool = Paper(owed[0].stores[0].path, script={2: ["stop"]}, stop=stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import embcache.extract.extract as extracting
+import embcache.extract.pixels as pixels
 import embcache.extract.recipes as run
+import embcache.extract.scan as scanning
 import embcache.extract.worker as batching
 import embcache.io as disk
 from embcache.config import ExtractConfig
@@ -22,15 +25,16 @@ from embcache.data import partitioned
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, load_partitioned
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, UsageError
-from embcache.extract.engines.local import Stop
+from embcache.extract.engines.engine import OwedShard, OwedShards, ShardJob, ShardOutcome
+from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.extract import Extraction, extract
 from embcache.extract.scan import scan_dataset
 from embcache.maintain.gc import collect
 from embcache.mirror import open_mirror
 from embcache.places import open_place
 from embcache.store.commit import refresh_view
-from embcache.store.feature_store import FeatureStore, list_stores
-from embcache.store.reading import plan_numbers, plan_path, range_of
+from embcache.store.feature_store import PIXELS, FeatureStore, list_stores
+from embcache.store.reading import numbers_of_part, plan_numbers, plan_path, range_of
 from tests.commands.shell import answer, embcache
 from tests.extract.conftest import draw
 from tests.extract.tiny import load_tiny
@@ -282,6 +286,63 @@ def test_unusable_images_are_counted_over_all_partitions(limit: int | str, root:
     assert len(go(load(root), max_bad=3).quarantined) == 3
 
 
+class Eager(LocalEngine):
+    """Plans every partition before the first shard is computed, as workers may do that are fast."""
+
+    def run(self, owed: Iterable[OwedShards], job: ShardJob) -> Iterator[OwedShards]:
+        yield from super().run(list(owed), job)
+
+
+def test_unusable_images_of_partitions_that_are_open_at_once_end_the_run(
+    root: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("002", "040"):
+        (root / f"{name}.png").write_bytes(b"no image")
+    monkeypatch.setattr(extracting, "LocalEngine", Eager)
+    with refused(DatasetError, "too-many-bad-images") as caught:
+        go(load(root), max_bad=1)
+    assert "2 of 60 (1 of them found by this run)" in caught.value.problem
+    assert go(load(root), max_bad=1).computed == 0  # nothing is computed any more, so nothing is judged
+    draw(root / "002.png", 2)
+    draw(root / "003.png", 1003)
+    (root / "041.png").write_bytes(b"no image")
+    draw(root / "040.png", 40)
+    assert facts(go(load(root), max_bad=1)) == (4, 56, 0, 4, 0)  # two are repaired, one is broken
+
+
+def test_only_the_last_shard_of_all_completes_a_run(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, seen, settle = Stop(), list[bool](), OwedShards.settle
+    config = ExtractConfig(rows_per_shard=SHARD)
+
+    def record(shards: OwedShards, shard: OwedShard, outcome: ShardOutcome) -> None:
+        seen.append(stop.complete)
+        settle(shards, shard, outcome)
+
+    monkeypatch.setattr(OwedShards, "settle", record)
+    extract(load(root), ["random"], config, home=home, stop=stop)
+    assert seen == [False, False, False, True]
+    draw(root / "059.png", 1059)
+    seen.clear()
+    scan = extracting.scan_dataset
+    monkeypatch.setattr(extracting, "scan_dataset", lambda *args: seen.append(stop.complete) or scan(*args))
+    extract(load(root), ["random"], config, home=home, stop=stop)  # nothing is owed of the first partition
+    assert seen == [False, False, True]
+    assert stop.complete
+
+
+def test_other_labels_and_columns_leave_what_is_known_of_the_files(
+    root: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "TICK_NS", 0)  # the images were written just now
+    store = go(load(root)).store
+    frame = pd.read_parquet(root / "t.parquet")
+    frame.assign(label="c", age=[str(k) for k in range(60)]).to_parquet(root / "t.parquet")
+    monkeypatch.setattr(scanning, "_digests", lambda *_: pytest.fail("an image is read"))
+    assert facts(go(load(root))) == (0, 60, 0, 0, 0)
+    parts = [part.part for part in load(root).parts()]
+    assert [numbers_of_part(store.path, part)[1] for part in parts if part] == [[0, 1, 3], [2, 3]]  # 3: a list of IDs
+
+
 def test_links_are_followed_inside_the_root_and_nowhere_else(root: Path, home: Path, tmp_path: Path) -> None:
     write(root, [*LONG, "060", "inner/061"])
     (root / "060.png").symlink_to("000.png")
@@ -347,6 +408,15 @@ def test_images_may_be_decoded_before_they_are_computed(root: Path, home: Path, 
     assert not (home / "d" / "dataset.parquet").exists()
     draw(root / "041.png", 1041)
     assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
+
+
+def test_only_shards_of_owed_images_are_decoded_first(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(load(root))
+    draw(root / "041.png", 1041)
+    monkeypatch.setattr(pixels, "MAX_ROWS", 4)
+    assert facts(go(load(root), stage="pixels")) == (1, 59, 0, 1, 0)
+    (frames,) = (home / "d").glob(f"{PIXELS}-*")
+    assert FeatureStore(frames).ids.tolist() == ["040", "041", "042", "043"]
 
 
 @pytest.fixture
@@ -440,6 +510,16 @@ def test_places_of_array_files_are_images(tmp_path: Path, home: Path) -> None:
     with h5py.File(tmp_path / "1.h5", "r+") as file:
         file["x"][3] = 7
     assert facts(go(dataset, rows_per_shard=20)) == (1, 29, 0, 1, 0)
+
+
+def test_several_devices_go_from_partition_to_partition(root: Path, home: Path, tmp_path: Path) -> None:
+    stop, config = Stop(), ExtractConfig(rows_per_shard=4, device="cpu,cpu")
+    (done,) = extract(load(root), ["tests.extract.slow_net:slow"], config, home=home, stop=stop)
+    assert facts(done) == (60, 0, 60, 0, 0)
+    assert not stop._callbacks  # the processes of a partition, and its table, are forgotten with it
+    config = ExtractConfig(rows_per_shard=4)
+    (alone,) = extract(load(root, tmp_path), ["tests.extract.slow_net:slow"], config, home=tmp_path)
+    assert rows(alone.store) == rows(done.store)
 
 
 def test_the_processes_of_other_devices_know_that_it_is_a_partition(root: Path, home: Path) -> None:

@@ -265,6 +265,11 @@ def test_rows_per_shard_follow_device_and_number_of_images(device: str, images: 
     assert default_rows(device, images) == rows
 
 
+@pytest.mark.parametrize(("shape", "rows"), [((2048,), 4096), ((16, 2048), 4096), ((1370, 1024), 191), ((1 << 29,), 1)])
+def test_a_shard_of_large_rows_takes_a_gigabyte_at_most(shape: tuple[int, ...], rows: int) -> None:
+    assert default_rows("place", 10**6, shape) == rows
+
+
 def test_rows_per_shard_are_settled_when_a_store_is_made(
     images: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from embcache.probe.heads import heads, make_head
+from embcache.probe.layers import affine
 from embcache.probe.metrics import softmax
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import (
@@ -157,6 +158,38 @@ def test_a_head_is_the_same_alone_and_in_a_stack(
         assert stacked.best_epoch == alone.best_epoch
         a, b = (softmax(predict_logits(head, t.params, features, rows(0, N))) for t in (stacked, alone))
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 14])
+@pytest.mark.parametrize("n", [1, 2, 37])
+@pytest.mark.parametrize("width", [5, 34, 1280])
+def test_a_layer_has_the_same_bits_alone_and_in_a_stack(width: int, n: int, outputs: int) -> None:
+    random = torch.Generator().manual_seed(width)
+    x, weight = (torch.randn(3, rows, width, generator=random) for rows in (n, outputs))
+    bias = torch.randn(3, outputs, generator=random)
+
+    def of(chosen: slice) -> list[torch.Tensor]:
+        # Cloned: in memory of its own a head lies at another address than in the stack.
+        mine = [tensor[chosen].clone().requires_grad_() for tensor in (x, weight, bias)]
+        out = affine({"a.weight": mine[1], "a.bias": mine[2]}, "a", mine[0])
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), mine)]
+
+    together = of(slice(None))
+    for k in range(3):
+        assert all(torch.equal(a, b[k : k + 1]) for a, b in zip(of(slice(k, k + 1)), together, strict=True))
+
+
+@pytest.mark.parametrize(("width", "n"), [(4, 3), (5, 3), (5, 1)])
+def test_gradients_of_a_layer_are_those_of_its_formula(width: int, n: int) -> None:
+    tensors = [
+        torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((n, width), (3, width), (3,))
+    ]
+
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return affine({"a.weight": weight, "a.bias": bias}, "a", x)
+
+    assert torch.autograd.gradcheck(layer, tensors)
+    assert torch.autograd.gradgradcheck(layer, tensors)
 
 
 def test_validation_rounds_a_head_alike_with_any_number_of_others() -> None:
