@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
@@ -107,7 +108,8 @@ class Group(TyperGroup):
         """Find the command that was typed."""
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None:
-            advise_only(flag for option in command.params for flag in (*option.opts, *option.secondary_opts))
+            flags = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
+            advise_only(flags, _typed_home(rest) if "--home" in flags else "", _with_home())
             ctx.call_on_close(lambda: advise_only(None))
         return name, command, rest
 
@@ -115,6 +117,23 @@ class Group(TyperGroup):
         """Write the commands; no module of theirs is imported for that."""
         places: Any = self.commands
         _write_sections({"Commands": [(name, text) for name, (_, text) in places.places.items()]}, formatter)
+
+
+def _typed_home(words: Sequence[str]) -> str:
+    """The options of a command line that say where the home is, and its copies."""
+    typed = list[str]()
+    for flag in ("--home", "--cache-dir"):
+        for word, value in zip(words, [*words[1:], ""], strict=True):
+            typed += [flag, value] if word == flag else [word] if word.startswith(f"{flag}=") else []
+    return shlex.join(typed)
+
+
+def _with_home() -> list[str]:
+    """All commands but those that have no home."""
+    places = [item for each in COMMANDS.values() for item in each.items() if item[0] != "heads"]
+    return [
+        f"{name} {sub}".strip() for name, (place, _) in places for sub in (place if isinstance(place, dict) else ("",))
+    ]
 
 
 class _LazyCommands(Mapping[str, Any]):

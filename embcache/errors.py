@@ -10,15 +10,24 @@ from numbers import Integral, Real
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _known: frozenset[str] | None = None  # flags of the command that was typed
+_again: tuple[str, re.Pattern[str]] | None = None  # options to repeat, and commands that take them
 
 
-def advise_only(flags: Iterable[str] | None) -> None:
+def advise_only(flags: Iterable[str] | None, again: str = "", commands: Iterable[str] = ()) -> None:
     """Leave advice out of errors, from now on, that names other flags than these; None: leave nothing out.
 
-    Code that raises an error cannot know which command was typed.
+    Advised ``commands`` are given the options ``again``, which say where the home is. Code that raises an error cannot
+    know what was typed.
     """
-    global _known
+    global _known, _again
     _known = None if flags is None else frozenset(flags)
+    names = "|".join(map(re.escape, commands))
+    _again = (again, re.compile(rf"\bembcache ({names})\b(?![^`;\n]* --home)")) if again and names else None
+
+
+def with_home(advice: str) -> str:
+    """Advice whose commands go to the home that was typed."""
+    return advice if _again is None else _again[1].sub(lambda match: f"{match[0]} {_again[0]}", advice)
 
 
 def _may_advise(advice: str) -> bool:
@@ -72,7 +81,7 @@ class EmbcacheError(Exception):
     ) -> None:
         self.problem, self.code, self.expected, self.found, self.where = problem, code, expected, found, where
         advice = [fix] if isinstance(fix, str) else fix or ()
-        self.fix = ", or ".join(filter(_may_advise, advice)) or None
+        self.fix = with_home(", or ".join(filter(_may_advise, advice))) or None
         parts = (("expected", expected), ("found", found), ("where", where), ("try", self.fix))
         lines = [printable(problem)]
         for label, value in parts:

@@ -14,7 +14,7 @@ from embcache.io import PathLike as PathLike
 from embcache.io import mirror_of, mirrors
 from embcache.log import log
 from embcache.mirror import Mirror, home_of, shown_home
-from embcache.places import is_url, refuse_url
+from embcache.places import as_url, is_url, refuse_url
 
 
 def home_dir(home: PathLike | None = None) -> Path:
@@ -31,7 +31,10 @@ def home_text(home: PathLike | None = None) -> str:
 
 
 def portable_home(home: PathLike | None = None) -> str:
-    """The home for processes that may have another working folder and environment."""
+    """The home for processes that may have another working folder and environment; no address is opened."""
+    given = home or os.environ.get("EMBCACHE_HOME")
+    if is_url(given):
+        return as_url(given)
     text = home_text(home)
     return text if is_url(text) else str(Path(text).absolute())
 

@@ -377,10 +377,11 @@ def open_place(url: str) -> Place:
             "AWS_PROFILE needs boto3", code="cloud-missing", found=_first_line(error), fix="pip install boto3"
         ) from error
     except Exception as error:  # obstore raises its own kinds, ValueError and others
+        names = ", ".join(name for name in os.environ if re.match("AWS_|GOOGLE_|AZURE_", name))
         raise UsageError(
-            "the address of an object store cannot be used", code="place-address", found=_first_line(error), where=url,
-            expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX",
-            fix="check the address, and the variables AWS_…, GOOGLE_… or AZURE_… of this shell",
+            "the object store cannot be opened with this address and these variables", code="place-address",
+            found=_first_line(error), where=url, expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX",
+            fix=f"check the variables of this shell: {names}" if names else "check the address",
         ) from error  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typer.models import ArgumentInfo
 
 from embcache.commands.output import echo, may_guide, table_style, write_json
 from embcache.config import RECIPE, DatasetRef
-from embcache.errors import UsageError
+from embcache.errors import UsageError, with_home
 from embcache.fields import Config, flag_of, option_of, split_list
 from embcache.mirror import cache_bytes, shown_home
 
@@ -85,7 +85,9 @@ class Answer:
 
 def command_line(*words: str, home: Path | None = None) -> str:
     """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
-    return shlex.join(["embcache", *words, *(["--home", shown_home(home)] if home is not None else [])])
+    line = shlex.join(["embcache", *words])
+    given = with_home(line)
+    return given if given != line or home is None else f"{line} --home {shlex.quote(shown_home(home))}"
 
 
 def print_next(*words: str, home: Path | None = None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from embcache.backbones.catalog import find_backbone
 from embcache.commands.options import Skip, check_named, command
 from embcache.commands.output import echo
 from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
@@ -77,6 +78,9 @@ def slurm(
     Example: embcache slurm --backbone dino --dataset nih --jobs 8 --gpus 1 > extract.sh && sbatch extract.sh
     """
     check_named("slurm", backbone=backbone, dataset=dataset)
+    for name in backbone:
+        if ":" not in name:  # of others, what they are made of may be on the cluster alone
+            find_backbone(name)
     if len(dataset) > 1:
         raise UsageError(
             "a batch script is for one dataset", code="one-dataset", found=", ".join(dataset), fix="one script each"

@@ -97,7 +97,7 @@ def store_in(home: Path) -> FeatureStore:
 
 def test_an_array_computes_every_part(images: Path, home: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
     said = submit(script(images, home, SlurmConfig(jobs=2, cpus=1)), tmp_path, slurm)
-    assert "8 images are still owed" in said  # five shards, three of which are of the second part …
+    assert "8 images are left for other parts" in said  # five shards, three of which are of the second part …
     assert store_in(home).committed() == (0, 1, 2, 3, 4)
     assert "error" not in said.lower()
 

@@ -153,7 +153,7 @@ class Dispatch:
             f"all workers are gone; {len(left):,} shards ({images:,} images) are left"
             + (", and what is not planned yet" if self._owed is not None else ""),
             code="workers-gone", found="\n".join(map(str, self._failed)) or "no node has room for a worker",
-            fix="start nodes again, then run the same command: what is committed stays",
+            fix="run the same command again, on a cluster after its nodes have started: what is committed stays",
         )  # fmt: skip
 
     def _settle(

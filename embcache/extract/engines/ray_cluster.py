@@ -65,6 +65,8 @@ def connected(config: EngineConfig) -> Iterator[None]:
         yield
         return
     if config.address is None:
+        if (config.cpus_per_worker or 0) > usable_cores():
+            raise _no_room(f"{usable_cores()} cores", config.cpus_per_worker or 0, config.gpus_per_worker or 0)
         cores = (config.num_workers or 1) * (config.cpus_per_worker or usable_cores())
         own: dict[str, Any] = {
             "num_cpus": max(usable_cores(), cores),
@@ -88,9 +90,8 @@ def connected(config: EngineConfig) -> Iterator[None]:
                 "no Ray cluster answers", code="ray-address", found=_found(error),
                 where=config.address or "this machine", expected="HOST:PORT, as `ray start --head` prints it",
                 fix=(
-                    "leave --address out: Ray on this machine",
-                    "where `ray start` speaks of token authentication, export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
-                    "unless ~/.ray/auth_token has the cluster's",
+                    "leave --address out to start Ray on this machine",
+                    "for a cluster with token authentication: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…",
                 ),
             ) from error  # fmt: skip
     try:
@@ -258,10 +259,13 @@ def _check_room(threads: int, gpus: float) -> int:
     if room := _room(threads, gpus):
         return room
     there = "; ".join(f"{each.get('CPU', 0):g} cores, {each.get('GPU', 0):g} GPUs" for each in _nodes())
-    raise EmbcacheError(
-        "no node of the Ray cluster has room for a worker", code="ray-no-room", found=there or "no node",
-        expected=f"a node with {threads} cores and {gpus:g} GPUs",
-        fix=("--gpus-per-worker 0" if _room(threads, 0) else "--cpus-per-worker 1", "other nodes"),
+    raise _no_room(there or "no node", threads, gpus, "--gpus-per-worker 0" if _room(threads, 0) else "")
+
+
+def _no_room(there: str, threads: int, gpus: float, fix: str = "") -> EmbcacheError:
+    return EmbcacheError(
+        "no node of the Ray cluster has room for a worker", code="ray-no-room", found=there,
+        expected=f"a node with {threads} cores and {gpus:g} GPUs", fix=(fix or "--cpus-per-worker 1", "other nodes"),
     )  # fmt: skip
 
 
@@ -330,7 +334,8 @@ class RayEngine(Engine):
         gpus = self._config.gpus_per_worker or 0
         pool = RayPool(job, self._threads, gpus)
         room, wanted = _check_room(self._threads, gpus), self._config.num_workers
-        log.info(f"Ray: room for {min(wanted or room, room)} workers; cores of each {self._threads}, GPUs {gpus:g}")
+        n = min(wanted or room, room)
+        log.info(f"Ray: room for {n} worker{'s' * (n > 1)}; cores of each {self._threads}, GPUs {gpus:g}")
         self._stop.others = True  # a first signal lets them commit
         try:
             with progress_bar(self._label) as bar:
