@@ -123,7 +123,7 @@ def _typed_home(words: Sequence[str]) -> str:
     """The options of a command line that say where the home is, and its copies."""
     typed = list[str]()
     for flag in ("--home", "--cache-dir"):
-        for word, value in zip(words, [*words[1:], ""], strict=True):
+        for word, value in zip(words, [*words[1:], ""], strict=False):
             typed += [flag, value] if word == flag else [word] if word.startswith(f"{flag}=") else []
     return shlex.join(typed)
 
