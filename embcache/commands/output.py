@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from embcache.errors import one_line, printable, printed_width
 from embcache.log import log
 from embcache.paths import addressed
 
+_T = TypeVar("_T")
 # How a command's tables are printed: (all columns whatever the width, as CSV); None where it offers no choice.
 _style: tuple[bool, bool] | None = None
 _bar: Any = None  # the progress bar on the terminal
@@ -120,6 +121,13 @@ def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:
 def _fitting(text: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def echo_each(items: Iterable[_T], show: Callable[[_T], object]) -> None:
+    """Show items one after the other, an empty line between them."""
+    for number, item in enumerate(items):
+        echo("", nl=number > 0)
+        show(item)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from embcache.backbones.catalog import BACKBONES, FORMS, Backbone, find_backbone
 from embcache.backbones.catalog import backbones as registry
 from embcache.backbones.weights import find_cached, find_model
 from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
-from embcache.commands.output import echo, echo_pairs, print_note, print_objects, print_table
+from embcache.commands.output import echo, echo_each, echo_pairs, print_note, print_objects, print_table
 from embcache.config import DatasetRef
 from embcache.errors import EmbcacheError, UsageError
 from embcache.fields import split_list
@@ -250,12 +250,12 @@ def backbones(
         return Answer([], lambda: echo(f"no backbone has all of these words: {' '.join(words)}\n"
                                          "try: embcache backbones, which lists all"), failed=True)  # fmt: skip
 
+    def show_one(spec: Backbone) -> None:
+        row = _row(spec, statuses[spec.name]) | {"gated": _GATED[spec.gated]}
+        echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+
     def show_details() -> None:
-        for k, spec in enumerate(chosen):
-            echo("", nl=k > 0)
-            row = _row(spec, statuses[spec.name])
-            row |= {"gated": _GATED[spec.gated]}
-            echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+        echo_each(chosen, show_one)
         for spec in unstated:
             from embcache.backbones.transforms import statement
 

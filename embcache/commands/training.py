@@ -18,7 +18,6 @@ from embcache.commands.options import (
     check_named,
     check_suffix,
     command,
-    load_named,
     print_next,
 )
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
@@ -117,6 +116,7 @@ def finetune(
     """
     _check_metrics(metric)
     from embcache.data.classes import refuse_unclear
+    from embcache.data.dataset import find_dataset
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET
@@ -130,7 +130,7 @@ def finetune(
         )  # fmt: skip
     config = replace(config, metric=metric[0] if metric else None)
     weights = parse_weights(config.weights, backbone or PAPER_SET)
-    loaded = [load_named(name, ref, home) for name in dataset]
+    loaded = [find_dataset(name, ref, home) for name in dataset]
     for found, _ in loaded if ref.task is None else ():
         refuse_unclear(found)
     sets = [
@@ -174,6 +174,7 @@ def export(
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
     from embcache.data.classes import target_flags
+    from embcache.data.dataset import find_dataset
     from embcache.probe.inputs import plan_cached
     from embcache.probe.protocol import write_splits
 
@@ -184,7 +185,7 @@ def export(
             "--backbone selects the one store by which identical images are found", code="one-backbone",
             found=", ".join(backbone), fix=f"--backbone {backbone[0]}",
         )  # fmt: skip
-    found, source = load_named(dataset, ref, home)
+    found, source = find_dataset(dataset, ref, home)
     splits, store = plan_cached(
         found, home=home, backbone=backbone[0] if backbone else None, subsets=subset or ["S", "M", "F"],
         folds=config.folds, seed=config.seed, val=config.val, test=config.test,
@@ -217,9 +218,10 @@ def import_(
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
     from embcache.data.classes import target_flags
+    from embcache.data.dataset import find_dataset
     from embcache.probe.inputs import import_splits
 
-    found, _ = load_named(dataset, ref, home)
+    found, _ = find_dataset(dataset, ref, home)
     imported = import_splits(file, found, home)
     _print(imported.splits)
     echo(f"kept as {imported.path}")

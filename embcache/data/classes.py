@@ -17,16 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.columns import FEW_NUMBERS, MAX_VALUES, NO_VALUE, numbers_of
-from embcache.data.columns import Column as Column
-from embcache.data.columns import column_values as column_values
-from embcache.data.columns import columns as columns
+from embcache.data.columns import FEW_NUMBERS, MAX_VALUES, NO_VALUE, Column, column_values, columns, numbers_of
 from embcache.data.groups import may_name_people, overlap_notes
-from embcache.data.label_texts import class_order as class_order
+from embcache.data.label_texts import class_order, merge_example, merges_of, names_in, unclear_labels
 from embcache.data.label_texts import label_notes as label_notes
 from embcache.data.label_texts import label_numbers as label_numbers
-from embcache.data.label_texts import merge_example, merges_of, names_in, unclear_labels
-from embcache.data.label_texts import same_but_for_case as same_but_for_case
 from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
 from embcache.errors import DatasetError, UsageError, check_choice, first_few
 from embcache.targets import declared, targets

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from embcache.config import DatasetRef
-from embcache.data.classes import Column, column_values, columns
+from embcache.data.columns import Column, column_values, columns
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.groups import may_name_people, overlap_notes
 from embcache.errors import EmbcacheError, ProtocolError, StoreNotFoundError, UsageError

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.classes import column_values
+from embcache.data.columns import column_values
 from embcache.data.dataset import find_dataset
 from embcache.errors import ProtocolError, StoreError, UsageError, check_choice, first_few
 from embcache.paths import PathLike
