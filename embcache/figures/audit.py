@@ -9,7 +9,7 @@ fitted and thresholds set on training images alone. Test images are judged by wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from embcache.probe.predictions import fit_temperature
 from embcache.probe.protocol import divide
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Job, predict_logits, train_heads
+from embcache.sealed import Plain
 from embcache.targets import Target, make_target
 
 CREDIBLE = 0.10
@@ -120,7 +121,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Plain):
     """What one backbone's features show."""
 
     dataset: str
@@ -136,10 +137,6 @@ class Audit:
     effect: Effect | None  # none where nothing is excluded, or where it cannot be measured
     no_effect: str  # why it cannot be measured
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)

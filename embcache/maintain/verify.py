@@ -38,6 +38,7 @@ from embcache.store.reading import (
     refusals_raised,
     shard_name,
     shard_path,
+    unless_collected,
 )
 from embcache.store.schema import StoreHeader
 
@@ -88,19 +89,8 @@ class StoreCheck:
 
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
     """Read every file of a store and compare it with what was committed."""
-    while True:
-        listed = {*plan_numbers(path)}, {*committed_numbers(path)}
-        check, failed = None, None
-        try:
-            check = _Verification(path).run(on_shard)
-        except CorruptStoreError as error:
-            failed = error
-        # What `embcache gc` removed meanwhile is no damage.
-        kept = listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}
-        if check is not None and (kept or not check.damage):
-            return check
-        if failed is not None and kept:
-            raise failed
+    # What `embcache gc` removed meanwhile is no damage.
+    return unless_collected(path, lambda: _Verification(path).run(on_shard), lambda check: not check.damage)
 
 
 class _Verification:

@@ -149,7 +149,8 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
     """A result with every score of its predictions of labeled test images; ``positive`` names the positive class."""
     names, metric = result.class_names, result.metric
     number = positive_class(names, positive)
-    shown = names[number] if _has_positive(result.task) or positive is not None else ""
+    asymmetric = len(names) == 2 and result.task.kind not in ("findings", "number")
+    shown = names[number] if asymmetric or positive is not None else ""
     if not len(predictions.labels):
         return replace(result, positive=shown)
     found = replace(predictions, positive=number, overlap=result.overlap, folds=_folds(result))
@@ -162,10 +163,6 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
         estimate=estimate, positive=shown, test_counts=found.task.counts(found.labels),
         ensemble=ensemble_scores(found, metric), by_group=grouped_scores(found, metric),
     )  # fmt: skip
-
-
-def _has_positive(task: Target) -> bool:
-    return len(task.names) == 2 and task.kind not in ("findings", "number")
 
 
 def _folds(result: Result) -> int:
