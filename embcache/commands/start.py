@@ -93,12 +93,6 @@ def _present(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
     return ~dataset.table["path"].isin(dataset.missing).to_numpy()
 
 
-def _splits(dataset: ImageDataset) -> dict[str, int]:
-    """Number of groups in each split that has rows, in the order train, val, test."""
-    groups = dataset.table.groupby("split")["group"].nunique()
-    return {split: int(groups[split]) for split in ("train", "val", "test") if split in groups}
-
-
 def _description(dataset: ImageDataset) -> tuple[str, str]:
     """What the dataset's layout is, and the call that downloads it."""
     from embcache.data.published import DATASETS, find_layout
@@ -110,7 +104,8 @@ def _description(dataset: ImageDataset) -> tuple[str, str]:
 
 
 def _survey(dataset: ImageDataset) -> dict[str, Any]:
-    splits, here = _splits(dataset), _present(dataset)
+    groups, here = dataset.table.groupby("split")["group"].nunique(), _present(dataset)
+    splits = {split: int(groups[split]) for split in ("train", "val", "test") if split in groups}  # that have rows
     task, y = dataset.task, dataset.labels
     known = task.known(y)
     of = {split: (dataset.table["split"] == split).to_numpy() for split in splits}

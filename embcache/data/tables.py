@@ -80,7 +80,12 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         try:
             file = pq.ParquetFile(path)
             if rows is None and (n := file.metadata.num_rows) > MOST_TABLE_ROWS:
-                raise _too_long(path, n)
+                raise DatasetError(
+                    f"a table of {n:,} rows is too long to be held whole", code="table-too-long", where=path,
+                    expected=f"at most {MOST_TABLE_ROWS:,} rows; `embcache extract` alone reads more, in partitions",
+                    fix="a Parquet table of some of the rows, under the name that extraction shows: "
+                    "--data-root TABLE --name NAME",
+                )  # fmt: skip
             table = pq.read_table(path) if rows is None else file.schema_arrow.empty_table()
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, "not a Parquet file", error) from error
@@ -143,14 +148,6 @@ def lacks_column(
     return DatasetError(
         f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=", ".join(required),
         found=", ".join(map(str, table.columns)), where=path, fix=fix,
-    )  # fmt: skip
-
-
-def _too_long(path: Path, rows: int) -> DatasetError:
-    return DatasetError(
-        f"a table of {rows:,} rows is too long to be held whole", code="table-too-long", where=path,
-        expected=f"at most {MOST_TABLE_ROWS:,} rows; `embcache extract` alone reads more, in partitions",
-        fix="a Parquet table of some of the rows, under the name that extraction shows: --data-root TABLE --name NAME",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from embcache.data.files import is_object, open_file
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.data.published import kept_table
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, EmbcacheError, ImageError, StoreError
-from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
+from embcache.io import is_stale, list_folder, mirror_of
 from embcache.maintain.listing import STORE_NAME, VIEWS
 from embcache.partitions import partitions_problem
 from embcache.paths import PathLike
@@ -254,11 +254,11 @@ def lease_files(store: Path) -> list[Path]:
     return [path for path in paths if path.stem.isdecimal() and path.stem.isascii()]
 
 
-def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
+def leftovers(store: Path) -> list[Path]:
     """What killed processes have left of a store, under staging and leases."""
     claims = lease_files(store)
     staged = [Path(entry.path) for name in ("staging", "leases") for entry in list_folder(store / name)]
-    stale = [path for path in staged if path not in claims and is_stale(path, older)]
+    stale = [path for path in staged if path not in claims and is_stale(path)]
     return sorted([*filter(is_abandoned, claims), *stale])
 
 

@@ -68,7 +68,9 @@ def create_store(
     header = StoreHeader(recipe, format or "zarr", tuple(settled.pop("row_shape")), **settled)
     store, files = store_path(Path(dataset_dir), recipe), {"recipe.json": seal(header.to_json())}
     if canaries is not None and not store.is_dir():
-        files[reading.CANARIES] = _sealed_canaries(canaries())
+        values = np.ascontiguousarray(canaries(), dtype="<f4")
+        content = {"shape": list(values.shape), "features": values.tobytes().hex()}
+        files[reading.CANARIES] = seal(content, indent=None)
     with disk.writing(store):
         if not store.is_dir():
             disk.make_folder(store.parent)
@@ -107,11 +109,6 @@ def create_store(
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
         )  # fmt: skip
     return store
-
-
-def _sealed_canaries(features: np.ndarray) -> bytes:
-    values = np.ascontiguousarray(features, dtype="<f4")
-    return seal({"shape": list(values.shape), "features": values.tobytes().hex()}, indent=None)
 
 
 def _staged_prefixes(store: Path, number: int) -> list[str]:

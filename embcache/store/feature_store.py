@@ -555,11 +555,9 @@ def import_command(store: FeatureStore, dataset: str | NamedTable, home: PathLik
     return _command(["import", file, "--backbone-name", store.recipe.backbone], dataset, home)
 
 
-def fill_command(store: FeatureStore, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+def fill_command(store: FeatureStore, dataset: str | NamedTable) -> str:
     """The command that adds what a store lacks."""
-    if store.recipe.foreign:
-        return import_command(store, dataset, home)
-    return extract_command(store.recipe.typed, dataset, home)
+    return import_command(store, dataset) if store.recipe.foreign else extract_command(store.recipe.typed, dataset)
 
 
 def _command(words: list[str], dataset: str | NamedTable, home: PathLike | None) -> str:
