@@ -245,13 +245,13 @@ def subfolders(folder: Path) -> list[Path]:
     return [folder / e.name for e in list_folder(folder) if e.is_dir()]
 
 
-def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:
-    """The outermost folder at or below ``root`` for which ``matches`` holds, at most ``depth`` levels down.
+def find_level(root: Path, matches: Callable[[Path], bool]) -> Path | None:
+    """The outermost folder at or below ``root`` for which ``matches`` holds, at most two levels down.
 
     Archives unpack into one or two folders of their own, and some hold a copy of themselves: the outermost wins.
     """
     level = [root]
-    for remaining in range(depth, -1, -1):
+    for remaining in (2, 1, 0):
         for folder in level:
             if matches(folder):
                 return folder

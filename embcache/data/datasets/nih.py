@@ -123,9 +123,8 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def _read_experts(root: Path, layout: DatasetLayout) -> pd.DataFrame:
     """All rows of both expert label files, with a column of 0 and 1 for each of the four findings."""
-    level = find_level(root, lambda folder: _one_of(folder, _FILES["train"]) is not None)
-    if level is None:
-        raise layout.layout_error(root, "the expert label files of NIH are not there")
+    problem = "the expert label files of NIH are not there"
+    level = layout.level(root, lambda folder: _one_of(folder, _FILES["train"]) is not None, problem)
     parts = []
     for split, names in _FILES.items():
         file = _one_of(level, names)
