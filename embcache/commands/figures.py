@@ -138,14 +138,10 @@ def run(
     # Options that were typed take precedence over a file even where they equal their defaults.
     origins = {name: context.get_parameter_source(name) for name in context.params}
     typed = {name for name, origin in origins.items() if origin is not None and origin.name == "COMMANDLINE"}
-    with ProgressBar("step") as bar:
-        try:
-            done = run_study(
-                what, config, ref, home=home, figure=out.figure, dry_run=dry_run, given=typed, progress=bar.update
-            )
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: what is finished is kept, and the same command continues from there", err=True)
-            raise
+    with ProgressBar("step", "what is finished is kept, and the same command continues from there") as bar:
+        done = run_study(
+            what, config, ref, home=home, figure=out.figure, dry_run=dry_run, given=typed, progress=bar.update
+        )
     answer = out.answer(done.table, done.figures, json)
     return replace(answer, failed=done.empty, next=() if dry_run or done.empty else ("report",))
 

@@ -296,17 +296,22 @@ def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:
 
 
 class ProgressBar:
-    """A bar with rate and time left, on stderr and only on a terminal; it restarts where what is counted changes."""
+    """A bar with rate and time left, on stderr and only on a terminal; it restarts where what is counted changes.
 
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
+    ``stopped`` is what is said where the user stops the work.
+    """
+
+    def __init__(self, unit: str, stopped: str = "") -> None:
+        self._unit, self._stopped = unit, stopped
         self._counts: tuple[int, str] | None = None
 
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         global _bar
+        if self._stopped and kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            echo(f"\nstopped: {self._stopped}", err=True)
         if _bar is not None:
             _bar.close()
             _bar = None

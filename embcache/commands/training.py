@@ -70,13 +70,9 @@ def probe(
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
     found = []
-    with ProgressBar("epoch") as bar:
-        try:
-            for each in configs:
-                found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: finished results are saved; the same command computes only the others", err=True)
-            raise
+    with ProgressBar("epoch", "finished results are saved; the same command computes only the others") as bar:
+        for each in configs:
+            found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
     return _answer(in_metrics(found, metric, home))
 
 
@@ -139,19 +135,15 @@ def finetune(
         for used in ([backbone or PAPER_SET] if fusing else [[each] for each in backbone])
     ]
     results = []
-    with ProgressBar("img") as bar:
-        try:
-            for found, source in loaded:
-                for name, used in sets:
-                    own = tuple(f"{each}={file}" for each, file in weights.items() if each in map(bare_name, used))
-                    options = replace(config, head=name, weights=own)
-                    for size in subset or ["S"]:
-                        results.append(
-                            finetune_dataset(found, used, size, options, home=home, source=source, progress=bar.update)
-                        )
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: the last whole epoch is kept; the same command with --resume continues", err=True)
-            raise
+    with ProgressBar("img", "the last whole epoch is kept; the same command with --resume continues") as bar:
+        for found, source in loaded:
+            for name, used in sets:
+                own = tuple(f"{each}={file}" for each, file in weights.items() if each in map(bare_name, used))
+                options = replace(config, head=name, weights=own)
+                results += [
+                    finetune_dataset(found, used, size, options, home=home, source=source, progress=bar.update)
+                    for size in subset or ["S"]
+                ]
     return _answer(in_metrics(results, metric, home))
 
 
