@@ -153,19 +153,14 @@ def _print(images: int, done: list[Extraction]) -> None:
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
-    store = extraction.store
+    store, counts = extraction.store, ("computed", "cached", "added", "changed", "retried", "left")
     return {
         "dataset": dataset,
         "backbone": extraction.backbone,
         "store": str(store.path),
         "fingerprint": store.recipe.fingerprint,
         "views": store.views,
-        "computed": extraction.computed,
-        "cached": extraction.cached,
-        "added": extraction.added,
-        "changed": extraction.changed,
-        "retried": extraction.retried,
-        "left": extraction.left,
+        **{name: vars(extraction)[name] for name in counts},
         "rows_per_shard": store.rows_per_shard,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),

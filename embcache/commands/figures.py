@@ -263,9 +263,9 @@ def tsne(
 def _one_dataset(dataset: list[str], ref: DatasetRef, home: Path | None) -> ImageDataset:
     check_one(dataset, None, "--dataset NAME")
     from embcache.data.classes import change_notes
-    from embcache.figures.shown import open_dataset
+    from embcache.data.dataset import find_dataset
 
-    ds = open_dataset(dataset[0], ref, home)
+    ds, _ = find_dataset(dataset[0], ref, home)
     for note in change_notes(ds):
         print_note(note)
     return ds
@@ -453,13 +453,14 @@ def audit(
     """
     check_one(dataset, backbone, "embcache audit --dataset NAME --backbone NAME")
     check_number("--show", show, 0, 1_000_000)
+    from embcache.data.dataset import find_dataset
     from embcache.figures.audit import audit_dataset
-    from embcache.figures.shown import backbones_or_cached, open_dataset
+    from embcache.figures.shown import backbones_or_cached
     from embcache.results.layout import csv_text
 
     if output is not None:
         check_target(check_suffix(output, "--output", ".csv"))
-    ds = open_dataset(dataset[0], ref, home)
+    ds, _ = find_dataset(dataset[0], ref, home)
     cached = backbones_or_cached(ds, backbone, home)
     # A network without training sees little of what matters: it is not chosen only because it was cached first.
     chosen = backbone or [name for name in cached if name.partition(":")[0] != "random"] or cached

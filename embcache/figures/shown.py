@@ -70,11 +70,6 @@ class Pool:
         return np.sort(self.rows[order[:MOST]])
 
 
-def open_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
-    """A dataset with the classes that a reference drops and merges."""
-    return find_dataset(name, ref, home)[0]
-
-
 def open_datasets(
     names: Sequence[str], ref: DatasetRef, home: PathLike | None, *, several: bool = False
 ) -> list[ImageDataset]:
@@ -89,7 +84,7 @@ def open_datasets(
         raise StoreNotFoundError("nothing is cached", code="store-not-found", where=home_dir(home),
                                  fix="embcache extract --backbone NAME --dataset NAME, or embcache demo")  # fmt: skip
     one_root(wanted, ref)
-    return [open_dataset(name, ref, home) for name in wanted]
+    return [find_dataset(name, ref, home)[0] for name in wanted]
 
 
 def one_root(datasets: Sequence[str], ref: DatasetRef) -> None:
