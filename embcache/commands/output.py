@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from embcache.errors import one_line, printable, printed_width
+from embcache.io import write_output
 from embcache.log import log
 from embcache.paths import addressed
 
@@ -56,7 +57,7 @@ def prints_csv() -> bool:
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
-    _write(text + "\n" * nl, err=err or (_style is not None and _style[1]))
+    _write(text + "\n" * nl, err=err or prints_csv())
 
 
 def _write(text: str, *, err: bool = False) -> None:
@@ -98,10 +99,8 @@ def write_json(data: Any, target: str) -> None:
     """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
     if target == "-":
         _write(json_text(plain(data), shown=True))
-        return
-    from embcache.io import write_output
-
-    write_output(Path(target), json_text(plain(data)))
+    else:
+        write_output(Path(target), json_text(plain(data)))
 
 
 def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:

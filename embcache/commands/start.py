@@ -15,7 +15,7 @@ from embcache.backbones.weights import find_cached, find_model
 from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
 from embcache.commands.output import echo, echo_each, echo_pairs, print_note, print_objects, print_table
 from embcache.config import DatasetRef
-from embcache.errors import EmbcacheError, UsageError
+from embcache.errors import EmbcacheError, UsageError, first_few
 from embcache.fields import split_list
 from embcache.paths import weights_dir
 
@@ -170,7 +170,6 @@ def _print_survey(dataset: ImageDataset) -> None:
     import numpy as np
 
     from embcache.data.files import near_misses
-    from embcache.errors import first_few
 
     description, download = _description(dataset)
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())

@@ -26,6 +26,7 @@ from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolCon
 from embcache.errors import ProtocolError, UsageError
 from embcache.fields import bare_name, check_subsets, parse_weights, split_list
 from embcache.log import log
+from embcache.probe.metrics import find_metric
 
 if TYPE_CHECKING:
     from embcache.probe.protocol import Splits
@@ -84,8 +85,6 @@ def _answer(results: Sequence[Result]) -> Answer:
 
 def _check_metrics(names: Sequence[str]) -> None:
     """Refuse an unknown metric before the training, not after it."""
-    from embcache.probe.metrics import find_metric
-
     for name in names:
         if ":" not in name:
             with suppress(ProtocolError):  # of another target than two classes

@@ -15,12 +15,13 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from embcache import io as disk
 from embcache.errors import StoreError, UsageError, check_choice
+from embcache.mirror import Mirror
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
 from embcache.store import reading
@@ -28,9 +29,6 @@ from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_
 from embcache.store.schema import PlanEntry as PlanEntry
 from embcache.store.schema import PlannedRange as PlannedRange
 from embcache.store.schema import ShardRows as ShardRows
-
-if TYPE_CHECKING:
-    from embcache.mirror import Mirror
 
 MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
 REFERENCES = "view.refs.json"  # the view of a store in an object store
