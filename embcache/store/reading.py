@@ -365,8 +365,8 @@ def unless_collected(store: Path, look: Callable[[], _T], whole: Callable[[_T], 
     """
 
     def listed() -> set[tuple[str, int]]:
-        shards = {("shard", number) for number in committed_numbers(store)}
-        return shards | {("plan", number) for number in plan_numbers(store)}
+        plans = {("plan", number) for number in plan_numbers(store)}
+        return plans | {("shard", number) for number in committed_numbers(store)}
 
     while True:
         before = listed()
