@@ -120,9 +120,8 @@ def _advise(models: Mapping[str, Sequence[Result]], home: PathLike | None, resam
         family = comparable(at)
         if len({at[name].backbones for name in family}) < 2:
             continue
-        tested, unread = load_readable({name: at[name] for name in family}, home)
+        alike, unread = load_alike({name: at[name] for name in family}, home)
         problems |= dict.fromkeys(f"{at[name].id}: {problem}" for name, problem in unread.items())
-        alike = tested_alike(tested)
         if len({at[name].backbones for name in alike}) >= 2:
             chosen = advise_backbone([*alike], compare_tested([*alike.values()], resamples=resamples), n)
             break
@@ -184,9 +183,10 @@ def load_readable(found: Mapping[str, Result], home: PathLike | None) -> tuple[d
     return tested, unread
 
 
-def tested_alike(tested: Mapping[str, Tested]) -> dict[str, Tested]:
-    """Those that were tested on the same images as the first."""
-    return {name: t for name, t in tested.items() if same_test(next(iter(tested.values())), t)}
+def load_alike(found: Mapping[str, Result], home: PathLike | None) -> tuple[dict[str, Tested], dict[str, str]]:
+    """`load_readable` of those that were tested on the same images as the first."""
+    tested, unread = load_readable(found, home)
+    return {name: t for name, t in tested.items() if same_test(next(iter(tested.values())), t)}, unread
 
 
 def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:
