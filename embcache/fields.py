@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from embcache.errors import UsageError
-from embcache.sealed import typed
+from embcache.sealed import plain, typed
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ class Config:
 
     def result_options(self) -> dict[str, Any]:
         """Options that a result depends on and that differ from their defaults, as JSON data for a run's ID."""
-        plain = self.to_json()
-        usual = type(self)().to_json()
+        own, usual = self.to_json(), type(self)().to_json()
         names = [f.name for f in fields(self) if option_of(f).result is True]
-        return {name: plain[name] for name in names if plain[name] != usual[name]}
+        return {name: own[name] for name in names if own[name] != usual[name]}
 
     def words(self) -> list[str]:
         """The options that differ from their defaults, as they are typed on the command line."""
@@ -105,7 +104,7 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON data."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return plain(vars(self))  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -197,14 +196,6 @@ def _check(f: dataclasses.Field[Any], value: Any, hint: Any) -> None:
                     found=str(each)[:40], where=flag,
                     fix=f"{flag} {advised}" if isinstance(advised, int | float) else f"leave {flag} out",
                 )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def split_list(values: str | Sequence[str] | None) -> list[str]:

@@ -297,7 +297,7 @@ def replacing(target: Path, *, flush: bool = False) -> Iterator[Path]:
     try:
         yield staged
         for path in [staged, *staged.rglob("*")] if flush else ():
-            sync_folder(path) if path.is_dir() else _sync_file(path)
+            sync_folder(path) if path.is_dir() else _sync(path)
         swap_in(staged, target, aside=old)
         sync_folder(target.parent)
     finally:
@@ -308,7 +308,7 @@ def replacing(target: Path, *, flush: bool = False) -> Iterator[Path]:
     sweep(target.parent, target.name)
 
 
-def _sync_file(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -322,7 +322,7 @@ def _take(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    _sync_file(target)
+    _sync(target)
 
 
 def list_replaced(folder: Path) -> list[os.DirEntry[str]]:
@@ -429,14 +429,11 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk."""
     if os.name == "nt":
         return  # Windows has no handle to flush for a folder
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(folder)
     except OSError as error:
         if error.errno not in _UNKNOWN:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -256,8 +256,18 @@ def _wrong(name: str, expected: str, value: Any) -> ValueError:
 
 def plain(value: Any) -> Any:
     """Dataclasses, paths and tuples as plain JSON data; the inverse of `typed`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value if isinstance(value, _LEAVES) else str(value)
 
-    def inner(each: Any) -> Any:
-        return dataclasses.asdict(each) if dataclasses.is_dataclass(each) else str(each)  # type: ignore[arg-type]
 
-    return json.loads(json.dumps(value, default=inner, allow_nan=False))
+class Plain:
+    """Base of dataclasses of which all is shown."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, every field by its name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]  # of a dataclass

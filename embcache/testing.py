@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from embcache.backbones.catalog import Backbone, LoadedBackbone, find_backbone, load_backbone
 from embcache.backbones.checkpoints import hash_state
@@ -36,8 +38,6 @@ from embcache.targets import Target, as_target, make_target, targets
 from embcache.targets.target import CONSTANTS, finish
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from embcache.probe.stack import Head
 
 _Rows = tuple[dict[str, NDArray[np.float32]], NDArray[Any]]
@@ -174,8 +174,6 @@ def check_target(target: Target, y: NDArray[Any]) -> None:
     y : array (n,) or (n, L)
         Values of some 60 rows, in which all that it names occurs; some may be unknown.
     """
-    import torch
-
     n = len(y)
     assert target.kind in targets, f"kind {target.kind!r} is not registered"
     assert type(target) is targets.get(target.kind), f"kind {target.kind!r} is another class"
@@ -309,8 +307,6 @@ def check_head(head: Any) -> None:
 
 
 def _check_fit(model: Head, target: Target, train: _Rows, val: _Rows) -> None:
-    import torch
-
     from embcache.probe.schedule import Schedule
     from embcache.probe.stack import TrainedHead, make_job, predict_logits, train_heads
 
@@ -374,8 +370,6 @@ def _features(dims: dict[str, int], y: NDArray[np.int64], seed: int) -> dict[str
 
 
 def _tensors(x: dict[str, NDArray[np.float32]]) -> dict[str, Tensor]:
-    import torch
-
     return {name: torch.from_numpy(features) for name, features in x.items()}
 
 

@@ -201,7 +201,7 @@ def _fill(spec: Backbone, state: Mapping[str, Tensor], path: Path) -> tuple[Any,
 
 def _create(model_name: str, arguments: Mapping[str, Any]) -> Any:
     # Any: what a timm model has in addition to nn.Module is not in its type.
-    reached = _hub(model_name, "config.json") if model_name.startswith("hf-hub:") else contextlib.nullcontext()
+    reached = _hub(model_name) if model_name.startswith("hf-hub:") else contextlib.nullcontext()
     made: dict[str, Any] = {key: LAYERS[value] if key.endswith("_layer") else value for key, value in arguments.items()}
     with torch.random.fork_rng(devices=[]), reached:
         return timm.create_model(model_name, **{"pretrained": False, "num_classes": 0, **made})
@@ -232,7 +232,7 @@ def _fetch(spec: Backbone, folder: Path, allow_download: bool) -> Path:
     config: Mapping[str, Any]
     if spec.timm.startswith("hf-hub:"):
         try:
-            with _hub(spec.timm, "config.json"):
+            with _hub(spec.timm):
                 config = dict(load_model_config_from_hf(_repository(spec.timm))[0])
         except _UNUSABLE as error:
             raise _unusable(spec.timm, error) from error
@@ -265,9 +265,9 @@ def _candidates(filename: str | None) -> Sequence[str]:
     return (known.get(named, named.removesuffix(".bin") + ".safetensors"), named)
 
 
-def _hub(model_name: str, file: str) -> AbstractContextManager[None]:
-    """The hub's failures to give a file of a model as one message."""
-    return reaching_hub(model_name, _repository(model_name), file, _unavailable(model_name))
+def _hub(model_name: str) -> AbstractContextManager[None]:
+    """The hub's failures to give the configuration of a model as one message."""
+    return reaching_hub(model_name, _repository(model_name), "config.json", _unavailable(model_name))
 
 
 def _repository(model_name: str) -> str:

@@ -15,6 +15,7 @@ from embcache.commands.output import (
     ProgressBar,
     counted,
     echo,
+    echo_each,
     echo_pairs,
     print_note,
     print_objects,
@@ -111,13 +112,9 @@ def info(*, backbone: list[str], dataset: list[str], recipe: str | None, home: P
     ]
     if not found:
         raise _nothing_cached(backbone, dataset, recipe, home)
-
-    def show() -> None:
-        for k, each in enumerate(found):
-            echo("", nl=k > 0)
-            echo_pairs(_described(each))
-
-    return Answer([each.to_json() for each in found], show)
+    return Answer(
+        [each.to_json() for each in found], lambda: echo_each(found, lambda each: echo_pairs(_described(each)))
+    )
 
 
 def _nothing_cached(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +21,18 @@ from embcache.commands.options import (
     check_one,
     command,
     command_line,
-    load_named,
     refuse_other_merges,
 )
-from embcache.commands.output import echo, echo_notes, format_table, print_note, print_objects, print_table, size_words
+from embcache.commands.output import (
+    echo,
+    echo_each,
+    echo_notes,
+    format_table,
+    print_note,
+    print_objects,
+    print_table,
+    size_words,
+)
 from embcache.config import DatasetRef, ExtractConfig, ImportConfig
 from embcache.errors import UsageError, first_few, one_line, printable
 from embcache.log import log
@@ -146,19 +155,14 @@ def _print(images: int, done: list[Extraction]) -> None:
 
 
 def _as_json(dataset: str, extraction: Extraction) -> dict[str, object]:
-    store = extraction.store
+    store, counts = extraction.store, ("computed", "cached", "added", "changed", "retried", "left")
     return {
         "dataset": dataset,
         "backbone": extraction.backbone,
         "store": str(store.path),
         "fingerprint": store.recipe.fingerprint,
         "views": store.views,
-        "computed": extraction.computed,
-        "cached": extraction.cached,
-        "added": extraction.added,
-        "changed": extraction.changed,
-        "retried": extraction.retried,
-        "left": extraction.left,
+        **{name: vars(extraction)[name] for name in counts},
         "rows_per_shard": store.rows_per_shard,
         "quarantined": dict(extraction.quarantined),
         "seconds": round(extraction.seconds, 3),
@@ -213,10 +217,11 @@ def import_(
 
     Example: embcache import features.npz --backbone-name uni-trident --dataset slides --data-root slides.csv
     """
+    from embcache.data.dataset import find_dataset
     from embcache.extract.foreign import import_file
 
     check_one(dataset, None, "embcache import FILE --backbone-name NAME --dataset NAME")
-    found, origin = load_named(dataset[0], ref, home)
+    found, origin = find_dataset(dataset[0], ref, home)
     refuse_other_merges(ref, found)
     done = import_file(file, found, backbone_name, config, home=home)
     store = done.store
@@ -269,16 +274,11 @@ def rank(
 
     opened = open_datasets(dataset, ref, home)
     rankings = [rank(ds, backbone, home=home, recipe=recipe, seed=seed, subset=subset) for ds in opened]
-
-    def show() -> None:
-        for k, ranking in enumerate(rankings):
-            echo("", nl=k > 0)
-            _print_ranking(ranking, home)
-
     first = rankings[0]
     best = ["--backbone", first.rows[0].backbone, "--dataset", first.dataset]
     following = ["probe", "--head", "linear", "--subset", "S,M,F", *best]
-    return Answer([ranking.to_json() for ranking in rankings], show, following)
+    show = partial(_print_ranking, home=home)
+    return Answer([ranking.to_json() for ranking in rankings], lambda: echo_each(rankings, show), following)
 
 
 def _print_ranking(ranking: Ranking, home: Path | None) -> None:
@@ -342,13 +342,7 @@ def similarity(
 
     opened = open_datasets(dataset, ref, home, several=True)
     found = [similarity(ds, backbone, home=home, recipe=recipe, seed=seed) for ds in opened]
-
-    def show() -> None:
-        for k, each in enumerate(found):
-            echo("", nl=k > 0)
-            _print_similarity(each)
-
-    return Answer([each.to_json() for each in found], show)
+    return Answer([each.to_json() for each in found], lambda: echo_each(found, _print_similarity))
 
 
 def _print_similarity(found: Similarity) -> None:

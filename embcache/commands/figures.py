@@ -138,14 +138,10 @@ def run(
     # Options that were typed take precedence over a file even where they equal their defaults.
     origins = {name: context.get_parameter_source(name) for name in context.params}
     typed = {name for name, origin in origins.items() if origin is not None and origin.name == "COMMANDLINE"}
-    with ProgressBar("step") as bar:
-        try:
-            done = run_study(
-                what, config, ref, home=home, figure=out.figure, dry_run=dry_run, given=typed, progress=bar.update
-            )
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: what is finished is kept, and the same command continues from there", err=True)
-            raise
+    with ProgressBar("step", "what is finished is kept, and the same command continues from there") as bar:
+        done = run_study(
+            what, config, ref, home=home, figure=out.figure, dry_run=dry_run, given=typed, progress=bar.update
+        )
     answer = out.answer(done.table, done.figures, json)
     return replace(answer, failed=done.empty, next=() if dry_run or done.empty else ("report",))
 
@@ -267,9 +263,9 @@ def tsne(
 def _one_dataset(dataset: list[str], ref: DatasetRef, home: Path | None) -> ImageDataset:
     check_one(dataset, None, "--dataset NAME")
     from embcache.data.classes import change_notes
-    from embcache.figures.shown import open_dataset
+    from embcache.data.dataset import find_dataset
 
-    ds = open_dataset(dataset[0], ref, home)
+    ds, _ = find_dataset(dataset[0], ref, home)
     for note in change_notes(ds):
         print_note(note)
     return ds
@@ -278,7 +274,6 @@ def _one_dataset(dataset: list[str], ref: DatasetRef, home: Path | None) -> Imag
 def _write_points(maps: Maps, target: Path) -> None:
     from embcache.results.layout import csv_text
 
-    check_target(target)
     table = maps.table()
     if target.suffix.lower() == ".csv":
         write_output(target, csv_text(list(table.columns), table.astype(object).itertuples(index=False, name=None)))
@@ -458,13 +453,14 @@ def audit(
     """
     check_one(dataset, backbone, "embcache audit --dataset NAME --backbone NAME")
     check_number("--show", show, 0, 1_000_000)
+    from embcache.data.dataset import find_dataset
     from embcache.figures.audit import audit_dataset
-    from embcache.figures.shown import backbones_or_cached, open_dataset
+    from embcache.figures.shown import backbones_or_cached
     from embcache.results.layout import csv_text
 
     if output is not None:
         check_target(check_suffix(output, "--output", ".csv"))
-    ds = open_dataset(dataset[0], ref, home)
+    ds, _ = find_dataset(dataset[0], ref, home)
     cached = backbones_or_cached(ds, backbone, home)
     # A network without training sees little of what matters: it is not chosen only because it was cached first.
     chosen = backbone or [name for name in cached if name.partition(":")[0] != "random"] or cached

@@ -282,13 +282,6 @@ def echo_nothing(what: str, names: Sequence[str], home: Path | None) -> None:
             echo(f"near to {name}: {', '.join(near)}")
 
 
-def load_named(name: str, ref: DatasetRef, home: Path | None) -> tuple[ImageDataset, str]:
-    """A dataset with the classes of ``ref``, and where it came from: live or snapshot."""
-    from embcache.data.dataset import find_dataset
-
-    return find_dataset(name, ref, home)
-
-
 ORIGINS = {"live": "its files as they are now", "snapshot": "the snapshot that extraction kept"}
 """Where a dataset came from, in words."""
 

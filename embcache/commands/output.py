@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from embcache.errors import one_line, printable, printed_width
+from embcache.io import write_output
 from embcache.log import log
 from embcache.paths import addressed
 
+_T = TypeVar("_T")
 # How a command's tables are printed: (all columns whatever the width, as CSV); None where it offers no choice.
 _style: tuple[bool, bool] | None = None
 _bar: Any = None  # the progress bar on the terminal
@@ -55,7 +57,7 @@ def prints_csv() -> bool:
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text to stdout, or stderr, with control characters shown escaped."""
-    _write(text + "\n" * nl, err=err or (_style is not None and _style[1]))
+    _write(text + "\n" * nl, err=err or prints_csv())
 
 
 def _write(text: str, *, err: bool = False) -> None:
@@ -97,10 +99,8 @@ def write_json(data: Any, target: str) -> None:
     """Write ``data``, made `plain`, as indented JSON to the file ``target``, or to stdout when it is ``-``."""
     if target == "-":
         _write(json_text(plain(data), shown=True))
-        return
-    from embcache.io import write_output
-
-    write_output(Path(target), json_text(plain(data)))
+    else:
+        write_output(Path(target), json_text(plain(data)))
 
 
 def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:
@@ -120,6 +120,13 @@ def json_text(data: Any, *, indent: int = 2, shown: bool = False) -> str:
 def _fitting(text: str) -> str:
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def echo_each(items: Iterable[_T], show: Callable[[_T], object]) -> None:
+    """Show items one after the other, an empty line between them."""
+    for number, item in enumerate(items):
+        echo("", nl=number > 0)
+        show(item)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()) -> None:
@@ -288,17 +295,22 @@ def bounds(interval: tuple[float, float] | None, sign: str = "") -> str:
 
 
 class ProgressBar:
-    """A bar with rate and time left, on stderr and only on a terminal; it restarts where what is counted changes."""
+    """A bar with rate and time left, on stderr and only on a terminal; it restarts where what is counted changes.
 
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
+    ``stopped`` is what is said where the user stops the work.
+    """
+
+    def __init__(self, unit: str, stopped: str = "") -> None:
+        self._unit, self._stopped = unit, stopped
         self._counts: tuple[int, str] | None = None
 
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         global _bar
+        if self._stopped and kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            echo(f"\nstopped: {self._stopped}", err=True)
         if _bar is not None:
             _bar.close()
             _bar = None

@@ -163,7 +163,7 @@ def export_head(
         f"{about['head']['name']} of fold {about['fold']}: {about['formula']}",
         f"written: {done.folder}/head.safetensors and head.json",
     ]
-    return Answer(done.to_json, lambda: print_objects(about["tensors"].items(), columns, notes=notes))
+    return Answer(dict(about), lambda: print_objects(about["tensors"].items(), columns, notes=notes))
 
 
 def _check_folder(output: Path) -> None:

@@ -15,12 +15,11 @@ from embcache.commands.output import bounds, echo, echo_notes, print_objects, pr
 from embcache.config import DatasetRef, PredictConfig, ProtocolConfig
 from embcache.errors import UsageError
 from embcache.probe.metrics import metric_title
-from embcache.runs.folders import find_run_anywhere
+from embcache.runs.folders import Result, find_run_anywhere, list_results, list_unreadable
 
 if TYPE_CHECKING:
     from embcache.results.compare import Comparison, Difference
     from embcache.results.decisions import Described, Value
-    from embcache.runs.folders import Result
 
 
 @command(table=True)
@@ -58,7 +57,6 @@ def results(
             fix="embcache results RUN, with its ID",
         )  # fmt: skip
     from embcache.results.advice import advise, sentences
-    from embcache.runs.folders import list_results, list_unreadable
 
     names = dataset or (None,)
     unreadable = [folder for name in names for folder in list_unreadable(home, name)]

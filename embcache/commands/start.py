@@ -13,9 +13,9 @@ from embcache.backbones.catalog import BACKBONES, FORMS, Backbone, find_backbone
 from embcache.backbones.catalog import backbones as registry
 from embcache.backbones.weights import find_cached, find_model
 from embcache.commands.options import Answer, Skip, command, option_text, print_next, refuse_other_merges
-from embcache.commands.output import echo, echo_pairs, print_note, print_objects, print_table
+from embcache.commands.output import echo, echo_each, echo_pairs, print_note, print_objects, print_table
 from embcache.config import DatasetRef
-from embcache.errors import EmbcacheError, UsageError
+from embcache.errors import EmbcacheError, UsageError, first_few
 from embcache.fields import split_list
 from embcache.paths import weights_dir
 
@@ -93,12 +93,6 @@ def _present(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
     return ~dataset.table["path"].isin(dataset.missing).to_numpy()
 
 
-def _splits(dataset: ImageDataset) -> dict[str, int]:
-    """Number of groups in each split that has rows, in the order train, val, test."""
-    groups = dataset.table.groupby("split")["group"].nunique()
-    return {split: int(groups[split]) for split in ("train", "val", "test") if split in groups}
-
-
 def _description(dataset: ImageDataset) -> tuple[str, str]:
     """What the dataset's layout is, and the call that downloads it."""
     from embcache.data.published import DATASETS, find_layout
@@ -110,7 +104,8 @@ def _description(dataset: ImageDataset) -> tuple[str, str]:
 
 
 def _survey(dataset: ImageDataset) -> dict[str, Any]:
-    splits, here = _splits(dataset), _present(dataset)
+    groups, here = dataset.table.groupby("split")["group"].nunique(), _present(dataset)
+    splits = {split: int(groups[split]) for split in ("train", "val", "test") if split in groups}  # that have rows
     task, y = dataset.task, dataset.labels
     known = task.known(y)
     of = {split: (dataset.table["split"] == split).to_numpy() for split in splits}
@@ -175,7 +170,6 @@ def _print_survey(dataset: ImageDataset) -> None:
     import numpy as np
 
     from embcache.data.files import near_misses
-    from embcache.errors import first_few
 
     description, download = _description(dataset)
     sizes = ", ".join(f"{k} = {n:,}" for k, n in dataset.subset_sizes.items())
@@ -250,12 +244,12 @@ def backbones(
         return Answer([], lambda: echo(f"no backbone has all of these words: {' '.join(words)}\n"
                                          "try: embcache backbones, which lists all"), failed=True)  # fmt: skip
 
+    def show_one(spec: Backbone) -> None:
+        row = _row(spec, statuses[spec.name]) | {"gated": _GATED[spec.gated]}
+        echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+
     def show_details() -> None:
-        for k, spec in enumerate(chosen):
-            echo("", nl=k > 0)
-            row = _row(spec, statuses[spec.name])
-            row |= {"gated": _GATED[spec.gated]}
-            echo_pairs((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in row.items())
+        echo_each(chosen, show_one)
         for spec in unstated:
             from embcache.backbones.transforms import statement
 

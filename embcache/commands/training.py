@@ -18,7 +18,6 @@ from embcache.commands.options import (
     check_named,
     check_suffix,
     command,
-    load_named,
     print_next,
 )
 from embcache.commands.output import ProgressBar, echo, json_text, print_table
@@ -27,6 +26,7 @@ from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, ProtocolCon
 from embcache.errors import ProtocolError, UsageError
 from embcache.fields import bare_name, check_subsets, parse_weights, split_list
 from embcache.log import log
+from embcache.probe.metrics import find_metric
 
 if TYPE_CHECKING:
     from embcache.probe.protocol import Splits
@@ -71,13 +71,9 @@ def probe(
     from embcache.probe.probe import probe_cached  # imports torch, which a slip in a flag need not wait for
 
     found = []
-    with ProgressBar("epoch") as bar:
-        try:
-            for each in configs:
-                found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: finished results are saved; the same command computes only the others", err=True)
-            raise
+    with ProgressBar("epoch", "finished results are saved; the same command computes only the others") as bar:
+        for each in configs:
+            found += probe_cached(dataset, backbone, subsets, each, ref, home=home, progress=bar.update)
     return _answer(in_metrics(found, metric, home))
 
 
@@ -89,8 +85,6 @@ def _answer(results: Sequence[Result]) -> Answer:
 
 def _check_metrics(names: Sequence[str]) -> None:
     """Refuse an unknown metric before the training, not after it."""
-    from embcache.probe.metrics import find_metric
-
     for name in names:
         if ":" not in name:
             with suppress(ProtocolError):  # of another target than two classes
@@ -117,6 +111,7 @@ def finetune(
     """
     _check_metrics(metric)
     from embcache.data.classes import refuse_unclear
+    from embcache.data.dataset import find_dataset
     from embcache.finetune.finetune import finetune as finetune_dataset
     from embcache.probe.heads import find_head
     from embcache.probe.inputs import PAPER_SET
@@ -130,7 +125,7 @@ def finetune(
         )  # fmt: skip
     config = replace(config, metric=metric[0] if metric else None)
     weights = parse_weights(config.weights, backbone or PAPER_SET)
-    loaded = [load_named(name, ref, home) for name in dataset]
+    loaded = [find_dataset(name, ref, home) for name in dataset]
     for found, _ in loaded if ref.task is None else ():
         refuse_unclear(found)
     sets = [
@@ -139,19 +134,15 @@ def finetune(
         for used in ([backbone or PAPER_SET] if fusing else [[each] for each in backbone])
     ]
     results = []
-    with ProgressBar("img") as bar:
-        try:
-            for found, source in loaded:
-                for name, used in sets:
-                    own = tuple(f"{each}={file}" for each, file in weights.items() if each in map(bare_name, used))
-                    options = replace(config, head=name, weights=own)
-                    for size in subset or ["S"]:
-                        results.append(
-                            finetune_dataset(found, used, size, options, home=home, source=source, progress=bar.update)
-                        )
-        except (KeyboardInterrupt, SystemExit):
-            echo("\nstopped: the last whole epoch is kept; the same command with --resume continues", err=True)
-            raise
+    with ProgressBar("img", "the last whole epoch is kept; the same command with --resume continues") as bar:
+        for found, source in loaded:
+            for name, used in sets:
+                own = tuple(f"{each}={file}" for each, file in weights.items() if each in map(bare_name, used))
+                options = replace(config, head=name, weights=own)
+                results += [
+                    finetune_dataset(found, used, size, options, home=home, source=source, progress=bar.update)
+                    for size in subset or ["S"]
+                ]
     return _answer(in_metrics(results, metric, home))
 
 
@@ -174,6 +165,7 @@ def export(
     Example: embcache splits export --dataset pneumonia --subset S,M,F --output pneumonia-splits.json
     """
     from embcache.data.classes import target_flags
+    from embcache.data.dataset import find_dataset
     from embcache.probe.inputs import plan_cached
     from embcache.probe.protocol import write_splits
 
@@ -184,7 +176,7 @@ def export(
             "--backbone selects the one store by which identical images are found", code="one-backbone",
             found=", ".join(backbone), fix=f"--backbone {backbone[0]}",
         )  # fmt: skip
-    found, source = load_named(dataset, ref, home)
+    found, source = find_dataset(dataset, ref, home)
     splits, store = plan_cached(
         found, home=home, backbone=backbone[0] if backbone else None, subsets=subset or ["S", "M", "F"],
         folds=config.folds, seed=config.seed, val=config.val, test=config.test,
@@ -217,9 +209,10 @@ def import_(
     Example: embcache splits import pneumonia-splits.json --dataset pneumonia
     """
     from embcache.data.classes import target_flags
+    from embcache.data.dataset import find_dataset
     from embcache.probe.inputs import import_splits
 
-    found, _ = load_named(dataset, ref, home)
+    found, _ = find_dataset(dataset, ref, home)
     imported = import_splits(file, found, home)
     _print(imported.splits)
     echo(f"kept as {imported.path}")

@@ -17,17 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.columns import FEW_NUMBERS, MAX_VALUES, NO_VALUE, numbers_of
-from embcache.data.columns import Column as Column
-from embcache.data.columns import column_values as column_values
-from embcache.data.columns import columns as columns
+from embcache.data.columns import (
+    FEW_NUMBERS,
+    MAX_VALUES,
+    NO_VALUE,
+    Column,
+    column_texts,
+    column_values,
+    columns,
+    numbers_of,
+)
 from embcache.data.groups import may_name_people, overlap_notes
-from embcache.data.label_texts import class_order as class_order
+from embcache.data.label_texts import class_order, merge_example, merges_of, names_in, unclear_labels
 from embcache.data.label_texts import label_notes as label_notes
 from embcache.data.label_texts import label_numbers as label_numbers
-from embcache.data.label_texts import merge_example, merges_of, names_in, unclear_labels
-from embcache.data.label_texts import same_but_for_case as same_but_for_case
-from embcache.data.tables import COLUMNS, SPLITS, as_text, match_column
+from embcache.data.tables import COLUMNS, SPLITS, match_column
 from embcache.errors import DatasetError, UsageError, check_choice, first_few
 from embcache.targets import declared, targets
 from embcache.targets.findings import (
@@ -363,14 +367,7 @@ def _settled(ds: ImageDataset, name: str) -> bool:
 
 
 def _texts(ds: ImageDataset, name: str) -> list[str]:
-    texts = [as_text(value) for value in ds.table[name].tolist()]
-    absent = NO_VALUE - {"none"} | ({"-1"} if _settled(ds, name) else set())
-    texts = ["" if text.lower() in absent else text for text in texts]
-    if not any(texts):
-        raise DatasetError(
-            f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
-        )
-    return texts
+    return column_texts(ds, name, NO_VALUE - {"none"} | ({"-1"} if _settled(ds, name) else set()))
 
 
 def _own_texts(ds: ImageDataset) -> list[str]:

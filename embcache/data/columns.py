@@ -56,13 +56,8 @@ def column_values(ds: ImageDataset, column: str, missing: Collection[str] = NO_V
     own = columns(ds)
     add = None if own else "add columns to the table of your images (docs/results.md), or use another dataset"
     name = match_column(column, own, ds.name, fix=add)
-    texts = [as_text(value) for value in ds.table[name].tolist()]
-    texts = ["" if text.lower() in missing else text for text in texts]
+    texts = column_texts(ds, name, missing)
     known = set(texts) - {""}
-    if not known:
-        raise DatasetError(
-            f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
-        )
     # A number that names a patient (3459) is not more than another.
     numbers = None if re.search(r"(^|[^a-z])id$", name.lower()) else numbers_of(texts)
     if numbers is not None and is_age(name):
@@ -78,6 +73,17 @@ def column_values(ds: ImageDataset, column: str, missing: Collection[str] = NO_V
             fix="another column: " + ", ".join(c for c in own if c != name),
         )  # fmt: skip
     return Column(name, values, np.array(texts, dtype=object))
+
+
+def column_texts(ds: ImageDataset, name: str, missing: Collection[str]) -> list[str]:
+    """The texts of a column, ``missing`` ones as ``""``; a `DatasetError` where there is no other."""
+    texts = [as_text(value) for value in ds.table[name].tolist()]
+    texts = ["" if text.lower() in missing else text for text in texts]
+    if not any(texts):
+        raise DatasetError(
+            f"no image of {ds.name} has a value in column {name!r}", code="column-empty", where=ds.origin or ds.root
+        )
+    return texts
 
 
 def numbers_of(texts: Sequence[str], *, infinite: bool = False) -> NDArray[np.float64] | None:

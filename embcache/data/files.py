@@ -76,6 +76,14 @@ def is_inside(root: Path | str, real: str) -> bool:
     return real == base or real.startswith(base.rstrip(os.sep) + os.sep)
 
 
+def resolve_inside(root: Path | str, path: str) -> str:
+    """The file that a path below ``root`` leads to, links followed; a `DatasetError` where it lies elsewhere."""
+    real = os.path.realpath(os.path.join(root, path))  # noqa: PTH118
+    if not is_inside(root, real):
+        raise refuse_outside(path, where=root)
+    return real
+
+
 def refuse_outside(path: str, column: str = "path", *, where: object) -> DatasetError:
     """The error for a path, or an id read as one, that leads out of the dataset's root."""
     return DatasetError(
@@ -237,13 +245,13 @@ def subfolders(folder: Path) -> list[Path]:
     return [folder / e.name for e in list_folder(folder) if e.is_dir()]
 
 
-def find_level(root: Path, matches: Callable[[Path], bool], depth: int = 2) -> Path | None:
-    """The outermost folder at or below ``root`` for which ``matches`` holds, at most ``depth`` levels down.
+def find_level(root: Path, matches: Callable[[Path], bool]) -> Path | None:
+    """The outermost folder at or below ``root`` for which ``matches`` holds, at most two levels down.
 
     Archives unpack into one or two folders of their own, and some hold a copy of themselves: the outermost wins.
     """
     level = [root]
-    for remaining in range(depth, -1, -1):
+    for remaining in (2, 1, 0):
         for folder in level:
             if matches(folder):
                 return folder
@@ -343,12 +351,9 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
     yield from _stat_objects(filter(is_object, distinct))
     for path in filter(lambda path: not is_object(path), distinct):
         by_folder.setdefault(path.rpartition("/")[0], []).append(path)
-    base, real_of = os.path.realpath(root), _real_folders(root)
-    within = base.rstrip(os.sep) + os.sep
+    folder_of = _real_folders(root)
     for folder, members in by_folder.items():
-        place = real_of(folder)
-        if place != base and not place.startswith(within):
-            raise refuse_outside(members[0], where=root)
+        place = folder_of(members[0])
         try:
             with os.scandir(place) as listed:
                 entries = {e.name: e for e in listed}
@@ -363,9 +368,7 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
                     yield path, look(entry) if entry.is_file() else None
                     continue
                 # A link; or a name the file system spells otherwise (letter case, composed accents); or absent.
-                real = os.path.realpath(root / path)
-                if not is_inside(root, real):
-                    raise refuse_outside(path, where=root)
+                real = resolve_inside(root, path)
                 yield path, look(real) if stat.S_ISREG(os.stat(real).st_mode) else None  # noqa: PTH116
             except (FileNotFoundError, NotADirectoryError):  # absent, or gone since the folder was listed
                 yield path, None
@@ -373,31 +376,28 @@ def stat_files(root: Path, paths: Sequence[str], states: bool = True) -> Iterato
 
 def stat_each(root: Path, paths: Sequence[str]) -> Iterator[FileState | None]:
     """As `stat_files`, file by file: a folder of which a partition names a few files is not listed."""
-    base, real_of = os.path.realpath(root), _real_folders(root)
-    within, objects = base.rstrip(os.sep) + os.sep, dict(_stat_objects(filter(is_object, paths)))
+    folder_of, objects = _real_folders(root), dict(_stat_objects(filter(is_object, paths)))
     for path in paths:
         if path in objects:
             yield objects[path]
             continue
-        folder, _, name = path.rpartition("/")
-        place = real_of(folder)
-        if place != base and not place.startswith(within):
-            raise refuse_outside(path, where=root)
+        place, name = folder_of(path), path.rpartition("/")[2]
         try:
             found = None if name in ("", ".", "..") or "\\" in name else os.lstat(f"{place}/{name}")
             if found is None or stat.S_ISLNK(found.st_mode):
-                real = os.path.realpath(root / path)
-                if not is_inside(root, real):
-                    raise refuse_outside(path, where=root)
-                found = os.stat(real)  # noqa: PTH116
+                found = os.stat(resolve_inside(root, path))  # noqa: PTH116
             yield _state_of(found) if stat.S_ISREG(found.st_mode) else None
         except (FileNotFoundError, NotADirectoryError):
             yield None
 
 
 def _real_folders(root: Path) -> Callable[[str], str]:
-    """Returns the function that resolves a folder below ``root``: one look at each, for there may be 200,000."""
-    known = {"": os.path.realpath(root)}
+    """Returns the function that resolves the folder of a path: one look at each, for there may be 200,000.
+
+    It refuses one that is not below ``root``.
+    """
+    base = os.path.realpath(root)
+    within, known = base.rstrip(os.sep) + os.sep, {"": base}
 
     def real(folder: str) -> str:
         if folder not in known:
@@ -407,7 +407,13 @@ def _real_folders(root: Path) -> Callable[[str], str]:
             known[folder] = place if plain else os.path.realpath(place)
         return known[folder]
 
-    return real
+    def folder_of(path: str) -> str:
+        place = real(path.rpartition("/")[0])
+        if place != base and not place.startswith(within):
+            raise refuse_outside(path, where=root)
+        return place
+
+    return folder_of
 
 
 # Paths that name no file: the file that was meant, where that is certain, and otherwise what comes near

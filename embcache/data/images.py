@@ -32,10 +32,9 @@ from embcache.data.files import (
     LARGE_FILE,
     LARGEST_FILE,
     file_too_large,
-    is_inside,
     is_object,
     open_file,
-    refuse_outside,
+    resolve_inside,
 )
 from embcache.data.formats import (
     SIGNATURE,
@@ -219,10 +218,7 @@ def _resolve(dataset_root: Path | str, path: str) -> str:
             "images within a file are read from disk only", code="container-remote", expected="a file below the root",
             found=path, fix="copy the file to a disk, or store each image as an object of its own",
         )  # fmt: skip
-    real = os.path.realpath(os.path.join(dataset_root, path))  # noqa: PTH118
-    if not is_inside(dataset_root, real):
-        raise refuse_outside(path, where=dataset_root)
-    return real
+    return resolve_inside(dataset_root, path)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embcache.config import DatasetRef
-from embcache.data.files import TABLE_SUFFIXES
+from embcache.data.files import TABLE_SUFFIXES, find_level
 from embcache.errors import DatasetError, DatasetNotFoundError, UsageError, first_few
 from embcache.io import read_regular
 from embcache.partitions import is_partition
@@ -107,6 +107,13 @@ class DatasetLayout:
         takes_ref = self.own_columns or self.uncertain
         dataset = self.read(root, name, ref) if takes_ref else self.read(root, name)
         return replace(dataset, layout=self.name, origin=root)
+
+    def level(self, root: Path, matches: Callable[[Path], bool], problem: str | None = None) -> Path:
+        """`find_level`; the `layout_error` where there is none."""
+        found = find_level(root, matches)
+        if found is None:
+            raise self.layout_error(root, problem)
+        return found
 
     def layout_error(self, root: Path, problem: str | None = None) -> DatasetNotFoundError:
         """The error for a root that is missing or laid out otherwise."""

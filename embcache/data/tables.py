@@ -80,7 +80,12 @@ def open_table(path: Path, rows: int | None = None) -> tuple[pd.DataFrame, list[
         try:
             file = pq.ParquetFile(path)
             if rows is None and (n := file.metadata.num_rows) > MOST_TABLE_ROWS:
-                raise _too_long(path, n)
+                raise DatasetError(
+                    f"a table of {n:,} rows is too long to be held whole", code="table-too-long", where=path,
+                    expected=f"at most {MOST_TABLE_ROWS:,} rows; `embcache extract` alone reads more, in partitions",
+                    fix="a Parquet table of some of the rows, under the name that extraction shows: "
+                    "--data-root TABLE --name NAME",
+                )  # fmt: skip
             table = pq.read_table(path) if rows is None else file.schema_arrow.empty_table()
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, "not a Parquet file", error) from error
@@ -109,7 +114,7 @@ def read_table(path: Path, required: Sequence[str]) -> pd.DataFrame:
         lower = {str(name).lower(): name for name in table.columns}
         renamed = [f"{lower[name.lower()]} to {name}" for name in absent if name.lower() in lower]
         fix = "rename the column " + ", ".join(renamed) if renamed else "name the columns in the first line"
-        raise _lacking(path, absent, required, table, fix)
+        raise lacks_column(path, absent, required, table, fix)
     return table
 
 
@@ -121,7 +126,7 @@ def read_large(path: Path, required: Sequence[str]) -> pd.DataFrame:
     except KeyError as error:
         header = pc.open_csv(path).schema.empty_table().to_pandas()
         absent = [name for name in required if name not in header.columns]
-        raise _lacking(path, absent, required, header, "get the file anew") from error
+        raise lacks_column(path, absent, required, header, "get the file anew") from error
     except (pa.ArrowException, OSError) as error:
         expected = "columns separated by commas, in UTF-8"
         raise _unreadable(path, "a label file cannot be read", error, expected) from error
@@ -136,18 +141,13 @@ def as_numbers(table: pd.DataFrame, columns: Sequence[str], *, where: object) ->
         raise DatasetError("a number cannot be read", code="not-a-number", found=str(error), where=where) from error
 
 
-def _lacking(path: Path, absent: Sequence[str], required: Sequence[str], table: pd.DataFrame, fix: str) -> DatasetError:
+def lacks_column(
+    path: Path, absent: Sequence[str], required: Sequence[str], table: pd.DataFrame, fix: str
+) -> DatasetError:
+    """The error for a label file without some columns."""
     return DatasetError(
         f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=", ".join(required),
         found=", ".join(map(str, table.columns)), where=path, fix=fix,
-    )  # fmt: skip
-
-
-def _too_long(path: Path, rows: int) -> DatasetError:
-    return DatasetError(
-        f"a table of {rows:,} rows is too long to be held whole", code="table-too-long", where=path,
-        expected=f"at most {MOST_TABLE_ROWS:,} rows; `embcache extract` alone reads more, in partitions",
-        fix="a Parquet table of some of the rows, under the name that extraction shows: --data-root TABLE --name NAME",
     )  # fmt: skip
 
 
@@ -388,7 +388,7 @@ def find_columns(
         expected = [*required, "or columns with usual names such as filename and diagnosis"]
         fix = flags if len(header) > 1 else "name the columns in the first line"
         fix += ", or --target COLUMN[,COLUMN…] with what is predicted" if absent == ["label"] else ""
-        raise _lacking(where, absent, expected, table, fix)
+        raise lacks_column(where, absent, expected, table, fix)
     guessed = [f"{role} is {name!r}" for role, name in found.items() if name != role and role not in named]
     note = f"columns of {where.name} by their names: {', '.join(guessed)}; --path-column and the like name others"
     return found, ([note] if guessed else []) + notes

@@ -9,7 +9,7 @@ fitted and thresholds set on training images alone. Test images are judged by wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from embcache.probe.heads.ridge import Ridge
 from embcache.probe.heads.solved import LogReg
 from embcache.probe.inputs import load_features, open_stores
 from embcache.probe.layers import standard_directions
-from embcache.probe.metrics import log_probabilities, score, softmax
+from embcache.probe.metrics import alike, log_probabilities, score, softmax
 from embcache.probe.predictions import fit_temperature
 from embcache.probe.protocol import divide
 from embcache.probe.schedule import Schedule
 from embcache.probe.stack import ClosedFormHead, Job, predict_logits, train_heads
+from embcache.sealed import Plain
 from embcache.targets import Target, make_target
 
 CREDIBLE = 0.10
@@ -120,7 +121,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Plain):
     """What one backbone's features show."""
 
     dataset: str
@@ -136,10 +137,6 @@ class Audit:
     effect: Effect | None  # none where nothing is excluded, or where it cannot be measured
     no_effect: str  # why it cannot be measured
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,14 +481,11 @@ def _effect(images: _Images, excluded: set[str], metric: str, config: AuditConfi
     if gone:
         return None, f"{', '.join(images.class_names[c] for c in sorted(gone))} would be gone"
 
-    def scorable(values: NDArray[Any]) -> bool:
-        return len(task.absent(values)) < len(task.names) if values.ndim == 2 else len(np.unique(values)) > 1
-
     words = {"number": ("all of one value", "of one value"), "findings": ("without a finding that can be scored",) * 2}
     of_test, of_fold = words.get(task.kind, ("not of two classes", "of one class only"))
-    if not scorable(y[test]):
+    if alike(y[test], task):
         return None, f"the labeled test images are {of_test}"
-    if any(not scorable(y[val[~out[val]]]) for _, val in parts):
+    if any(alike(y[val[~out[val]]], task) for _, val in parts):
         return None, f"a fold would have images {of_fold} to validate on"
     head: ClosedFormHead = Ridge() if task.kind == "number" else LogReg(Cs=_STRENGTHS)
     scores = np.array([

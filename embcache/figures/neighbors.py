@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
 from embcache.probe.layers import standard_directions
 from embcache.results.mistakes import Miss, Mistake
+from embcache.sealed import Plain
 from embcache.store.feature_store import FeatureStore
 
 SIDE = 192  # pixels of a thumbnail
@@ -39,16 +40,12 @@ class Neighbor:
 
 
 @dataclass(frozen=True)
-class Neighbors:
+class Neighbors(Plain):
     """The nearest images of one image under one backbone, nearest first."""
 
     backbone: str
     image: Neighbor
     nearest: tuple[Neighbor, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
 
 
 def find_neighbors(

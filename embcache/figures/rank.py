@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from math import nan
 from typing import Any
@@ -30,6 +30,7 @@ from embcache.probe.metrics import find_metric, score
 from embcache.probe.protocol import Splits
 from embcache.probe.stack import predict_logits
 from embcache.runs.folders import Result, list_results
+from embcache.sealed import Plain
 from embcache.store.feature_store import extract_command
 from embcache.targets import declared
 
@@ -77,7 +78,7 @@ class Correlation:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Plain):
     """The backbones of one dataset, best first."""
 
     dataset: str
@@ -89,10 +90,6 @@ class Ranking:
     rows: tuple[RankRow, ...]  # by ``place``
     correlations: tuple[Correlation, ...]  # empty where fewer than three backbones have a linear probe at one subset
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
 
 
 def rank(

@@ -250,9 +250,9 @@ def _findings_confusion(parts: Sequence[Part], title: str, targets: Sequence[Pat
     title += f"\n{models}, P > 0.5 of each finding, on the test images of which it is known"
     for target in targets:
         plot_confusion(counts, names, title, target, _CALLED)
-    rows = [[name, *(f"{count:,}" for count in line)] for name, line in zip(names, counts.tolist(), strict=True)]
-    records = [{"finding": name, **dict(zip(_CALLED, line, strict=True))}
-               for name, line in zip(names, counts.tolist(), strict=True)]  # fmt: skip
+    lines = list(zip(names, counts.tolist(), strict=True))
+    rows = [[name, *(f"{count:,}" for count in line)] for name, line in lines]
+    records = [{"finding": name, **dict(zip(_CALLED, line, strict=True))} for name, line in lines]
     notes = [f"called: P > 0.5 of the {models}; shares are of the images with, and of those without, the finding",
              *notes]  # fmt: skip
     return RunFigure("confusion", title, "", ["finding", *_CALLED], rows, notes, records, targets)
@@ -273,19 +273,12 @@ def _numbers(tested: Tested, kind: str, title: str, targets: Sequence[Path]) -> 
         words = f"{models}: mean error {signed(agreement[0], 3, plus=True)}, limits of agreement (mean ± 1.96 sd) "
         words += f"{signed(agreement[1], 3)} to {signed(agreement[2], 3, plus=True)}"
     title += f"\n{len(y):,} test images"
+    limits = agreement if kind == "residual" else None
     for target in targets:
-        plot_numbers(
-            y,
-            predicted,
-            name,
-            words,
-            title,
-            target,
-            agreement if kind == "residual" else None,
-            note=_THESE * (kind == "scatter"),
-        )
+        plot_numbers(y, predicted, name, words, title, target, limits, note=_THESE * (kind == "scatter"))
+    guessed = {key: signed(value, 4) for key, value in baseline.items() if value is not None}
     rows = [
-        [metric_title(key), *_cells(own), *_cells(ensemble), _plain(baseline.get(key))]
+        [metric_title(key), *_cells(own), *_cells(ensemble), guessed.get(key, "")]
         for key, (own, ensemble) in scores.items()
     ]
     headers = ["metric", "mean ± sd", "95 % interval", "ensemble", "95 % interval", "always the training mean"]
@@ -360,10 +353,6 @@ def _value(value: Value, digits: int = 3) -> str:
     if value.value is None:
         return f"– ({value.why})"
     return signed(value.value, digits) + (f" ({bounds(value.interval, digits=digits)})" if value.interval else "")
-
-
-def _plain(value: float | None) -> str:
-    return "" if value is None else signed(value, 4)
 
 
 def _score(estimate: Estimate) -> str:

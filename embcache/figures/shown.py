@@ -70,11 +70,6 @@ class Pool:
         return np.sort(self.rows[order[:MOST]])
 
 
-def open_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> ImageDataset:
-    """A dataset with the classes that a reference drops and merges."""
-    return find_dataset(name, ref, home)[0]
-
-
 def open_datasets(
     names: Sequence[str], ref: DatasetRef, home: PathLike | None, *, several: bool = False
 ) -> list[ImageDataset]:
@@ -88,10 +83,15 @@ def open_datasets(
     if not wanted:
         raise StoreNotFoundError("nothing is cached", code="store-not-found", where=home_dir(home),
                                  fix="embcache extract --backbone NAME --dataset NAME, or embcache demo")  # fmt: skip
-    if len(wanted) > 1 and (ref.data_root is not None or ref.name is not None):
+    one_root(wanted, ref)
+    return [find_dataset(name, ref, home)[0] for name in wanted]
+
+
+def one_root(datasets: Sequence[str], ref: DatasetRef) -> None:
+    """Refuse one root or name for several datasets."""
+    if len(datasets) > 1 and (ref.data_root is not None or ref.name is not None):
         raise UsageError("--data-root and --name are for one dataset", code="several-datasets",
-                         found=", ".join(wanted), fix="--dataset NAME")  # fmt: skip
-    return [open_dataset(name, ref, home) for name in wanted]
+                         found=", ".join(datasets), fix="--dataset NAME")  # fmt: skip
 
 
 def backbones_or_cached(ds: ImageDataset, backbones: Sequence[str], home: PathLike | None) -> list[str]:

@@ -86,17 +86,15 @@ class StoreInfo:
         """Everything as plain JSON data."""
         store, summary = self.store, plain(self.summary)
         alike = ("dataset", "backbone", "path", "rows", "views", "owed", "complete", "format", "bytes")
-        otherwise = {
-            str(n): {"batch_size": r.batch_size, "threads": r.threads, "runtime": r.runtime}
-            for n, r in self.otherwise.items()
-        }
-        made = {"rows_per_shard": store.rows_per_shard, "batch_size": store.batch_size, "threads": store.threads}
+        settled = ("batch_size", "threads", "runtime")
+        otherwise = {str(n): {name: vars(record)[name] for name in settled} for n, record in self.otherwise.items()}
+        made = {"rows_per_shard": store.rows_per_shard, **{name: vars(store)[name] for name in settled}}
         return {
             **{name: summary[name] for name in alike}, "fingerprint": store.recipe.fingerprint,
             "row_shape": list(store.row_shape), "dtype": str(store.dtype), "quarantined": store.quarantined,
             "superseded": self.superseded, "shards": self.shards, "uncommitted": list(self.uncommitted),
             "view": None if self.view is None else str(self.view), "recipe": store.recipe.to_json(),
-            "created_with": {**made, "runtime": store.runtime, **store.provenance}, "computed_otherwise": otherwise,
+            "created_with": {**made, **store.provenance}, "computed_otherwise": otherwise,
         }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from embcache.data.files import is_object, open_file
 from embcache.data.images import ImageRef, image_refs, read_image
 from embcache.data.published import kept_table
 from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundError, EmbcacheError, ImageError, StoreError
-from embcache.io import STALE_SECONDS, is_stale, list_folder, mirror_of
+from embcache.io import is_stale, list_folder, mirror_of
 from embcache.maintain.listing import STORE_NAME, VIEWS
 from embcache.partitions import partitions_problem
 from embcache.paths import PathLike
@@ -38,6 +38,7 @@ from embcache.store.reading import (
     refusals_raised,
     shard_name,
     shard_path,
+    unless_collected,
 )
 from embcache.store.schema import StoreHeader
 
@@ -88,19 +89,8 @@ class StoreCheck:
 
 def verify_store(path: Path, on_shard: Callable[[int, int], object] = lambda done, total: None) -> StoreCheck:
     """Read every file of a store and compare it with what was committed."""
-    while True:
-        listed = {*plan_numbers(path)}, {*committed_numbers(path)}
-        check, failed = None, None
-        try:
-            check = _Verification(path).run(on_shard)
-        except CorruptStoreError as error:
-            failed = error
-        # What `embcache gc` removed meanwhile is no damage.
-        kept = listed[0] <= {*plan_numbers(path)} and listed[1] <= {*committed_numbers(path)}
-        if check is not None and (kept or not check.damage):
-            return check
-        if failed is not None and kept:
-            raise failed
+    # What `embcache gc` removed meanwhile is no damage.
+    return unless_collected(path, lambda: _Verification(path).run(on_shard), lambda check: not check.damage)
 
 
 class _Verification:
@@ -264,11 +254,11 @@ def lease_files(store: Path) -> list[Path]:
     return [path for path in paths if path.stem.isdecimal() and path.stem.isascii()]
 
 
-def leftovers(store: Path, *, older: float = STALE_SECONDS) -> list[Path]:
+def leftovers(store: Path) -> list[Path]:
     """What killed processes have left of a store, under staging and leases."""
     claims = lease_files(store)
     staged = [Path(entry.path) for name in ("staging", "leases") for entry in list_folder(store / name)]
-    stale = [path for path in staged if path not in claims and is_stale(path, older)]
+    stale = [path for path in staged if path not in claims and is_stale(path)]
     return sorted([*filter(is_abandoned, claims), *stale])
 
 

@@ -217,13 +217,18 @@ def scorer(metric: str | Metric, y: ArrayLike, of: int | Target) -> Callable[[Ar
 
 def _scorable(y: ArrayLike, target: Target) -> NDArray[Any]:
     values = np.asarray(y) if target.kind == "number" else np.asarray(y, dtype=np.int64)
-    if len(target.absent(values)) == len(target.names) or (values.ndim == 1 and len(np.unique(values)) < 2):
+    if alike(values, target):
         found = f"{len(values)} images of {len(np.unique(values))} {target.noun}"
         raise ProtocolError(
             f"a score needs images of two {target.nouns}", code="one-class",
             found=found if values.ndim == 1 else f"{len(values)} images, none of them with and without a finding",
         )  # fmt: skip
     return values
+
+
+def alike(values: NDArray[Any], target: Target) -> bool:
+    """Whether nothing can be ranked: no image of two classes, or none with and without a finding."""
+    return len(target.absent(values)) == len(target.names) or (values.ndim == 1 and len(np.unique(values)) < 2)
 
 
 def per_class_auc(y: ArrayLike, logits: ArrayLike) -> list[float | None]:
@@ -253,7 +258,8 @@ def evaluate(
     z = np.asarray(logits, dtype=np.float64)
     target = of or as_target(z.shape[1])
     values = _scorable(y, target)
-    fitting = [m for m in _BUILTIN.values() if target.kind in m.fits and not (m.binary and _of_more(target))]
+    of_more = target.kind != "findings" and target.outputs != 2
+    fitting = [m for m in _BUILTIN.values() if target.kind in m.fits and not (m.binary and of_more)]
     fitting = [m for m in fitting if m.key != "mae" or target.kind != "classes"]
     found = {m.key: known(score(m.key, values, z, positive, target)) for m in fitting}
     found = {"score": known(score(metric, values, z, positive, target)), **found}
@@ -266,10 +272,6 @@ def evaluate(
     if target.outputs == 2:
         del found["macro_auc"]
     return found | more | {"predicted": np.bincount(z.argmax(1), minlength=target.outputs).tolist()}
-
-
-def _of_more(target: Target) -> bool:
-    return target.kind != "findings" and target.outputs != 2
 
 
 def auc_placements(positive: BoolArray, scores: FloatArray) -> FloatArray:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embcache.errors import ProtocolError, UsageError
-from embcache.probe.metrics import FloatArray, IntArray, evaluate, find_metric, log_probabilities, softmax
+from embcache.probe.metrics import FloatArray, IntArray, alike, evaluate, find_metric, log_probabilities, softmax
 from embcache.probe.statistics import RESAMPLES, Scores, TestSet, estimate, sample
 from embcache.runs.result import Estimate
 from embcache.targets import Target, make_target
@@ -125,15 +125,11 @@ def group_rows(predictions: Predictions) -> tuple[Predictions | None, str]:
         return None, ""
     groups = predictions.by_group()
     task = predictions.task
-    if not len(groups.ids) or len(task.absent(groups.labels)) == len(task.names) or _one_sided(groups):
+    if not len(groups.ids) or alike(groups.labels, task):
         mixed = total - len(groups.ids)
-        alike = f"no {task.noun} varies among {len(groups.ids):,} groups"
-        return None, f"of {total:,} groups {mixed:,} hold images of several classes" if mixed else alike
+        constant = f"no {task.noun} varies among {len(groups.ids):,} groups"
+        return None, f"of {total:,} groups {mixed:,} hold images of several classes" if mixed else constant
     return groups, ""
-
-
-def _one_sided(groups: Predictions) -> bool:
-    return groups.labels.ndim == 1 and len(np.unique(groups.labels)) < 2
 
 
 def grouped_scores(predictions: Predictions, metric: str) -> dict[str, Any]:

@@ -108,19 +108,17 @@ def probe(
     saved = {cell.id: plan.saved(cell) if reuse else None for cell in plan.cells}
     results = {id: result for id, result in saved.items() if result is not None}
     each, name = plan.models_per_cell * plan.schedules[0].max_epochs, plan.cells[0].request["head"]["name"]
-    reader = FeatureReader(plan)
+    reader, tell = FeatureReader(plan), progress or (lambda done, total, label: None)
     for batch in list(plan.batches(results)):
         label = f"{dataset.name} {name} {'+'.join(batch[0][0].backbones)} {','.join(c.subset for c in batch[0])}"
         settled = len(results) * each
 
         def report(done: int, settled: int = settled, label: str = label) -> None:
-            if progress is not None:
-                progress(settled + done, len(saved) * each, label)
+            tell(settled + done, len(saved) * each, label)
 
         for cell, result in _train_batch(plan, batch, reader, report):
             results[cell.id] = result
-    if progress is not None:
-        progress(len(results) * each, len(saved) * each, f"{dataset.name} {name}")
+    tell(len(results) * each, len(saved) * each, f"{dataset.name} {name}")
     return [results[cell.id] for cell in plan.cells]
 
 

@@ -110,13 +110,15 @@ def build_result(cell: RunCell, outcomes: Sequence[Outcome], seconds: float) -> 
         where = f"every fold ({request['head']['name']}, subset {cell.subset})"
         raise diverged_error(where, max((fold.lr for fold in folds if fold.lr is not None), default=None))
     n_train, n_val = np.array([[fold.n_train, fold.n_val] for fold in folds], dtype=np.float64).mean(0)
+    versions = {"embcache": embcache.__version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in ("torch", "numpy", "scikit-learn", "pandas")}
     result = Result(
         id=cell.id, kind=str(request["kind"]), dataset=ds.name, backbones=cell.backbones,
         head=str(request["head"]["name"]), subset=cell.subset, n_train=round(n_train), n_val=round(n_val),
         n_test=int(known.sum()) or len(plan.test), labels_used=round(n_train + n_val), metric=str(request["metric"]),
         mean=None, std=None, interval=None, val_mean=_mean([fold.val_score for fold in folds]), folds=folds,
         test_set=plan.test_set, synthetic=ds.synthetic, notes=cell.notes, class_names=names, request=request,
-        seconds=round(seconds, 3), versions=_versions(), source=cell.source, target=ds.target,
+        seconds=round(seconds, 3), versions=versions, source=cell.source, target=ds.target,
         recipes=dict(cell.recipes), overlap=training_overlap([cell.parts(f)[0] for f in made]),
     )  # fmt: skip
     logits = np.stack([outcomes[f].test[known] for f in made])
@@ -149,7 +151,8 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
     """A result with every score of its predictions of labeled test images; ``positive`` names the positive class."""
     names, metric = result.class_names, result.metric
     number = positive_class(names, positive)
-    shown = names[number] if _has_positive(result.task) or positive is not None else ""
+    asymmetric = len(names) == 2 and result.task.kind not in ("findings", "number")
+    shown = names[number] if asymmetric or positive is not None else ""
     if not len(predictions.labels):
         return replace(result, positive=shown)
     found = replace(predictions, positive=number, overlap=result.overlap, folds=_folds(result))
@@ -162,10 +165,6 @@ def scored(result: Result, predictions: Predictions, positive: str | None = None
         estimate=estimate, positive=shown, test_counts=found.task.counts(found.labels),
         ensemble=ensemble_scores(found, metric), by_group=grouped_scores(found, metric),
     )  # fmt: skip
-
-
-def _has_positive(task: Target) -> bool:
-    return len(task.names) == 2 and task.kind not in ("findings", "number")
 
 
 def _folds(result: Result) -> int:
@@ -353,8 +352,3 @@ def _notes_of(ds: ImageDataset, plan: Splits, subset: str, head: Head) -> list[s
     ):
         notes.append(f"subset {subset}: classes are not balanced: {imbalance(head)}")
     return notes
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "numpy", "scikit-learn", "pandas")
-    return {"embcache": embcache.__version__, "python": platform.python_version(), **{p: version(p) for p in packages}}

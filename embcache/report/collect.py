@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from embcache.config import DatasetRef
-from embcache.data.classes import Column, column_values, columns
+from embcache.data.columns import Column, column_values, columns
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.data.groups import may_name_people, overlap_notes
 from embcache.errors import EmbcacheError, ProtocolError, StoreNotFoundError, UsageError
@@ -16,7 +16,7 @@ from embcache.paths import PathLike, home_dir
 from embcache.probe.metrics import find_metric
 from embcache.probe.statistics import RESAMPLES
 from embcache.probe.summary import in_metric, training_notes
-from embcache.results.advice import BackboneAdvice, advise_backbone, comparable, load_readable, rankable, tested_alike
+from embcache.results.advice import BackboneAdvice, advise_backbone, comparable, load_alike, rankable
 from embcache.results.compare import Comparison, Difference, Tested, compare_tested, difference, same_test
 from embcache.results.curves import by_task, named_curves
 from embcache.runs.folders import Result, list_results, list_unreadable, runs_dir
@@ -203,9 +203,7 @@ def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice
                 sizes.setdefault(result.n_train, {})[name] = result
     choices: list[Choice] = []
     for n_train, at in sorted(sizes.items()):
-        family = comparable(at)
-        tested, unread = load_readable({name: at[name] for name in family}, part.home)
-        alike = tested_alike(tested)
+        alike, unread = load_alike({name: at[name] for name in comparable(at)}, part.home)
         if not alike:
             continue
         rows = compare_tested([*alike.values()], resamples=resamples)
@@ -213,7 +211,7 @@ def choose(task: Task, part: Part, *, resamples: int = RESAMPLES) -> list[Choice
         choice = Choice(
             rivals[0].result.subset, n_train, rivals[0].result.labels_used, rivals,
             advise_backbone([*alike], rows, n_train),
-            apart=tuple(name for name in at if name not in family or (name in tested and name not in alike)),
+            apart=tuple(name for name in at if name not in alike and name not in unread),
             problems=tuple(f"{name}: {problem}" for name, problem in unread.items()),
         )  # fmt: skip
         choices.append(replace(choice, change=_change(choices[-1], choice, resamples)) if choices else choice)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from embcache.results.compare import Comparison, Difference, Tested, compare_tes
 from embcache.results.curves import by_task, metric_words, named_curves
 from embcache.results.layout import bounds, signed
 from embcache.runs.folders import Result, runs_dir
+from embcache.sealed import Plain
 
 LEVEL = 0.05
 """A corrected p below it distinguishes two models."""
@@ -72,7 +73,7 @@ class LabelsAdvice:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Plain):
     """Both sentences for saved results of one dataset, target and metric."""
 
     dataset: str
@@ -92,10 +93,6 @@ class Advice:
         """What stands beneath a table of these results: nothing for one backbone, nothing for one size."""
         found = [] if self.backbone is None else [self.backbone.text]
         return found if self.labels is None or len(self.labels.sizes) < 2 else [*found, self.labels.text]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)
 
 
 def advise(results: Sequence[Result], *, home: PathLike | None = None, resamples: int = RESAMPLES) -> list[Advice]:
@@ -123,9 +120,8 @@ def _advise(models: Mapping[str, Sequence[Result]], home: PathLike | None, resam
         family = comparable(at)
         if len({at[name].backbones for name in family}) < 2:
             continue
-        tested, unread = load_readable({name: at[name] for name in family}, home)
+        alike, unread = load_alike({name: at[name] for name in family}, home)
         problems |= dict.fromkeys(f"{at[name].id}: {problem}" for name, problem in unread.items())
-        alike = tested_alike(tested)
         if len({at[name].backbones for name in alike}) >= 2:
             chosen = advise_backbone([*alike], compare_tested([*alike.values()], resamples=resamples), n)
             break
@@ -187,9 +183,10 @@ def load_readable(found: Mapping[str, Result], home: PathLike | None) -> tuple[d
     return tested, unread
 
 
-def tested_alike(tested: Mapping[str, Tested]) -> dict[str, Tested]:
-    """Those that were tested on the same images as the first."""
-    return {name: t for name, t in tested.items() if same_test(next(iter(tested.values())), t)}
+def load_alike(found: Mapping[str, Result], home: PathLike | None) -> tuple[dict[str, Tested], dict[str, str]]:
+    """`load_readable` of those that were tested on the same images as the first."""
+    tested, unread = load_readable(found, home)
+    return {name: t for name, t in tested.items() if same_test(next(iter(tested.values())), t)}, unread
 
 
 def advise_backbone(names: Sequence[str], rows: Sequence[Comparison], n_train: int) -> BackboneAdvice:

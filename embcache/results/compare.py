@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from embcache.config import DatasetRef
-from embcache.data.classes import column_values
+from embcache.data.columns import column_values
 from embcache.data.dataset import find_dataset
 from embcache.errors import ProtocolError, StoreError, UsageError, check_choice, first_few
 from embcache.paths import PathLike
@@ -38,6 +38,7 @@ from embcache.probe.statistics import (
 from embcache.probe.summary import load_run_predictions
 from embcache.runs.folders import Result, find_run_anywhere
 from embcache.runs.result import Estimate
+from embcache.sealed import Plain
 
 INTERVALS = (
     "95 % interval: for new patients and a newly trained model, where folds show how much training varies; else for "
@@ -89,14 +90,8 @@ class Tested:
         return self.predictions.labels
 
 
-class _Row:
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON data, every field by its name."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]  # of a dataclass
-
-
 @dataclass(frozen=True)
-class Comparison(_Row):
+class Comparison(Plain):
     """One result beside the reference."""
 
     run: str
@@ -128,7 +123,7 @@ class Comparison(_Row):
 
 
 @dataclass(frozen=True)
-class Subgroup(_Row):
+class Subgroup(Plain):
     """One run within one subgroup of its test images."""
 
     run: str

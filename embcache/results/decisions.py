@@ -557,12 +557,8 @@ def _notes(two: Predictions, adjust: Adjust, models: Sequence[Adjustment], names
             "--prevalence P"
         )
     else:
-        notes.append(f"PPV, NPV and calibration are at the prevalence {shares_in_words(models[0], names)}")
+        shares = ", ".join(f"{name}={share:.4g}" for name, share in zip(names, models[0].prevalence, strict=True))
+        notes.append(f"PPV, NPV and calibration are at the prevalence {shares}")
         if len(names) > 2:
             notes.append("specificity, and so PPV and NPV, take the other classes as they are in the test set")
     return notes
-
-
-def shares_in_words(model: Adjustment, names: Sequence[str]) -> str:
-    """``a=0.1, b=0.9``: the prevalence that probabilities are adjusted to."""
-    return ", ".join(f"{name}={share:.4g}" for name, share in zip(names, model.prevalence, strict=True))

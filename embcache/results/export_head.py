@@ -54,10 +54,6 @@ class ExportedHead:
     folder: Path
     about: Mapping[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        """What ``head.json`` says."""
-        return dict(self.about)
-
 
 def export_head(run: str, output: PathLike, *, fold: int | None = None, home: PathLike | None = None) -> ExportedHead:
     """Write ``head.safetensors`` and ``head.json`` of one head, by default of the fold that is best on validation."""

@@ -15,12 +15,13 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from embcache import io as disk
 from embcache.errors import StoreError, UsageError, check_choice
+from embcache.mirror import Mirror
 from embcache.paths import slug
 from embcache.sealed import crc32c, seal
 from embcache.store import reading
@@ -28,9 +29,6 @@ from embcache.store.schema import FORMATS, Recipe, StoreHeader, check_ids, find_
 from embcache.store.schema import PlanEntry as PlanEntry
 from embcache.store.schema import PlannedRange as PlannedRange
 from embcache.store.schema import ShardRows as ShardRows
-
-if TYPE_CHECKING:
-    from embcache.mirror import Mirror
 
 MOST_VIEW_ROWS = 1 << 26  # each takes memory while the view is made; shard numbers come from folder names
 REFERENCES = "view.refs.json"  # the view of a store in an object store
@@ -68,7 +66,9 @@ def create_store(
     header = StoreHeader(recipe, format or "zarr", tuple(settled.pop("row_shape")), **settled)
     store, files = store_path(Path(dataset_dir), recipe), {"recipe.json": seal(header.to_json())}
     if canaries is not None and not store.is_dir():
-        files[reading.CANARIES] = _sealed_canaries(canaries())
+        values = np.ascontiguousarray(canaries(), dtype="<f4")
+        content = {"shape": list(values.shape), "features": values.tobytes().hex()}
+        files[reading.CANARIES] = seal(content, indent=None)
     with disk.writing(store):
         if not store.is_dir():
             disk.make_folder(store.parent)
@@ -107,11 +107,6 @@ def create_store(
             fix=f"leave out --format, or give --format {there.format}; `embcache export` writes other formats",
         )  # fmt: skip
     return store
-
-
-def _sealed_canaries(features: np.ndarray) -> bytes:
-    values = np.ascontiguousarray(features, dtype="<f4")
-    return seal({"shape": list(values.shape), "features": values.tobytes().hex()}, indent=None)
 
 
 def _staged_prefixes(store: Path, number: int) -> list[str]:

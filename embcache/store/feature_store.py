@@ -513,8 +513,9 @@ def several_match(
 ) -> RecipeError:
     """The error where several stores of backbones match: in what they differ; ``named`` are the prefixes so far."""
     name, lines = dataset if isinstance(dataset, str) else dataset.name, []
+    images = [] if isinstance(dataset, str) else [dataset.table["id"]]
     for backbone, stores in matching.items():
-        held = [len(set(store.sources()).intersection(*_ids(dataset))) for store in stores]
+        held = [len(set(store.sources()).intersection(*images)) for store in stores]
         differ = describe_differences([store.recipe for store in stores])
         begin = f"{backbone} " if len(matching) > 1 else ""
         lines += [f"{begin}{line}; {number} of its images" for line, number in zip(differ, held, strict=True)]
@@ -530,10 +531,6 @@ def several_match(
             *("--recipe " + ",".join([*named, s.recipe.fingerprint[:12], *others]) for s in every[0]),
         ),
     )  # fmt: skip
-
-
-def _ids(dataset: str | NamedTable) -> list[Iterable[str]]:
-    return [] if isinstance(dataset, str) else [dataset.table["id"]]
 
 
 def describe_differences(recipes: list[Recipe]) -> list[str]:
@@ -558,11 +555,9 @@ def import_command(store: FeatureStore, dataset: str | NamedTable, home: PathLik
     return _command(["import", file, "--backbone-name", store.recipe.backbone], dataset, home)
 
 
-def fill_command(store: FeatureStore, dataset: str | NamedTable, home: PathLike | None = None) -> str:
+def fill_command(store: FeatureStore, dataset: str | NamedTable) -> str:
     """The command that adds what a store lacks."""
-    if store.recipe.foreign:
-        return import_command(store, dataset, home)
-    return extract_command(store.recipe.typed, dataset, home)
+    return import_command(store, dataset) if store.recipe.foreign else extract_command(store.recipe.typed, dataset)
 
 
 def _command(words: list[str], dataset: str | NamedTable, home: PathLike | None) -> str:

@@ -12,14 +12,11 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from embcache import io as disk
 from embcache.errors import StoreError
+from embcache.mirror import Mirror
 from embcache.store.reading import shard_name
-
-if TYPE_CHECKING:
-    from embcache.mirror import Mirror
 
 # Long enough for a stalled network disk; a holder that died on this machine is noticed at once.
 TTL_SECONDS = 60.0

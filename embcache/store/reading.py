@@ -364,14 +364,24 @@ def read_features(store: Path, header: StoreHeader, number: int, files: ShardFil
     return features
 
 
-def unless_collected(store: Path, look: Callable[[], _T]) -> _T:
-    """What ``look`` finds in a store; it looks again where `embcache gc` removed what was listed and not yet read."""
+def unless_collected(store: Path, look: Callable[[], _T], whole: Callable[[_T], bool] = lambda found: True) -> _T:
+    """What ``look`` finds in a store; it looks again where `embcache gc` removed what was listed and not yet read.
+
+    So it does where it finds what is not ``whole``.
+    """
+
+    def listed() -> set[tuple[str, int]]:
+        plans = {("plan", number) for number in plan_numbers(store)}
+        return plans | {("shard", number) for number in committed_numbers(store)}
+
     while True:
-        listed = {*plan_numbers(store)}, {*committed_numbers(store)}
+        before = listed()
         try:
-            return look()
+            found = look()
+            if whole(found) or before <= listed():
+                return found
         except CorruptStoreError:
-            if listed[0] <= {*plan_numbers(store)} and listed[1] <= {*committed_numbers(store)}:
+            if before <= listed():
                 raise
 
 

@@ -16,13 +16,13 @@ import torch
 
 from embcache.backbones.catalog import find_backbone
 from embcache.config import DatasetRef, StudyConfig
-from embcache.data.dataset import ImageDataset
+from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, UsageError
 from embcache.fields import bare_name
 from embcache.figures.attention import mass_table, mean_attention
 from embcache.figures.maps import NEIGHBORS, decimals, embed_map, neighbor_accuracy
 from embcache.figures.plots import Map, plot_attention, plot_maps
-from embcache.figures.shown import LIMIT, Shown, fused_features, shown_images
+from embcache.figures.shown import LIMIT, Shown, fused_features, one_root, shown_images
 from embcache.paths import PathLike, home_dir, slug
 from embcache.probe.heads import make_head
 from embcache.probe.inputs import PAPER_SET, load_features, open_stores
@@ -31,7 +31,7 @@ from embcache.results.layout import Marks, Table
 from embcache.results.paper import Grid, find_value
 from embcache.runs.folders import load_heads, runs_dir
 from embcache.study.definitions import COUNTS, DATASETS
-from embcache.study.study_plan import DatasetState, in_a_line, one_root, read_dataset
+from embcache.study.study_plan import DatasetState, in_a_line
 
 _HEADERS = {
     True: ("dataset", "embedding", "dimensions", "test images", "k-NN accuracy"),
@@ -164,7 +164,7 @@ def table1(config: StudyConfig, ref: DatasetRef, home: PathLike | None = None) -
     for name in names:
         counts, reason = dict[str, int](), ""
         try:
-            counts, remark = _count_images(read_dataset(name, ref, home)[0], config)
+            counts, remark = _count_images(find_dataset(name, ref, home)[0], config)
         except UsageError:
             raise
         except EmbcacheError as error:

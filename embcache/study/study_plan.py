@@ -12,6 +12,7 @@ from embcache.config import DatasetRef, FinetuneConfig, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset, find_dataset
 from embcache.errors import EmbcacheError, RecipeError, StoreNotFoundError, UsageError, WeightsError
 from embcache.fields import bare_name, parse_weights
+from embcache.figures.shown import one_root
 from embcache.finetune.finetune import find_finetuned
 from embcache.paths import PathLike
 from embcache.probe.inputs import open_stores
@@ -186,7 +187,7 @@ def look(grid: Grid, config: StudyConfig, ref: DatasetRef, home: PathLike | None
         state = DatasetState(name=name, models=models, config=config, home=home, leaderboard=grid.leaderboard)
         states.append(state)
         try:
-            state.ds, state.read_from = read_dataset(name, ref, home)
+            state.ds, state.read_from = find_dataset(name, ref, home)
         except UsageError:
             raise
         except EmbcacheError as error:
@@ -196,20 +197,6 @@ def look(grid: Grid, config: StudyConfig, ref: DatasetRef, home: PathLike | None
         state.look_at_stores()
         state.look_at_runs()
     return states
-
-
-def one_root(datasets: Sequence[str], ref: DatasetRef) -> None:
-    """Refuse one root or name for several datasets."""
-    if len(datasets) > 1 and (ref.data_root is not None or ref.name is not None):
-        raise UsageError(
-            "--data-root and --name are for one dataset", code="several-datasets", found=", ".join(datasets),
-            fix="--dataset NAME",
-        )  # fmt: skip
-
-
-def read_dataset(name: str, ref: DatasetRef, home: PathLike | None) -> tuple[ImageDataset, str]:
-    """The dataset with its classes dropped and merged, and whether it was read live or from the snapshot."""
-    return find_dataset(name, ref, home)
 
 
 def _shared(config: StudyConfig, model: Model, kind: type[ProbeConfig] | type[FinetuneConfig]) -> dict[str, Any]:

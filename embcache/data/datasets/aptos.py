@@ -10,7 +10,6 @@ from pathlib import Path
 from embcache.data.classes import label_numbers
 from embcache.data.dataset import ImageDataset
 from embcache.data.datasets import competition_table
-from embcache.data.files import find_level
 from embcache.data.published import DatasetLayout
 from embcache.data.tables import read_table
 
@@ -21,9 +20,7 @@ _EYE = re.compile(r"(\d+)_(?:left|right)")  # EyePACS's names identify the patie
 
 def read_aptos(root: Path, name: str) -> ImageDataset:
     """Read ``train.csv`` and, where their images are there, the unlabeled rows of ``test.csv``."""
-    level = find_level(root, lambda folder: (folder / "train.csv").is_file() and (folder / "train_images").is_dir())
-    if level is None:
-        raise LAYOUT.layout_error(root)
+    level = LAYOUT.level(root, lambda folder: (folder / "train.csv").is_file() and (folder / "train_images").is_dir())
     labeled = read_table(level / "train.csv", ["id_code", "diagnosis"])
     ids, grades = labeled["id_code"], labeled["diagnosis"].tolist()
     table, notes = competition_table(
@@ -38,9 +35,7 @@ def read_aptos(root: Path, name: str) -> ImageDataset:
 
 def read_eyepacs(root: Path, name: str) -> ImageDataset:
     """Read ``trainLabels.csv``, and the test labels of ``retinopathy_solution.csv`` where it is there."""
-    level = find_level(root, lambda folder: (folder / "trainLabels.csv").is_file())
-    if level is None:
-        raise EYEPACS_LAYOUT.layout_error(root)
+    level = EYEPACS_LAYOUT.level(root, lambda folder: (folder / "trainLabels.csv").is_file())
     files = [level / "trainLabels.csv", level / "retinopathy_solution.csv"]
     given = [read_table(file, ["image", "level"]) for file in files if file.is_file()]
     labels = [

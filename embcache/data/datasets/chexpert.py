@@ -14,7 +14,6 @@ import pandas as pd
 
 from embcache.config import DatasetRef
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import find_level
 from embcache.data.published import DatasetLayout
 from embcache.data.tables import as_numbers, check_unique, read_large
 from embcache.errors import DatasetError, first_few
@@ -31,9 +30,7 @@ _MIMIC_SPLITS = {"train": "train", "validate": "val", "test": "test"}
 
 def read_chexpert(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
     """Read ``train.csv``, and ``valid.csv`` as the test set; paths count from the folder that holds them."""
-    level = find_level(root, lambda folder: all((folder / file).is_file() for file in _SPLITS.values()))
-    if level is None:
-        raise LAYOUT.layout_error(root)
+    level = LAYOUT.level(root, lambda folder: all((folder / file).is_file() for file in _SPLITS.values()))
     source = {"Sex": "sex", "Age": "age", "Frontal/Lateral": "view", "AP/PA": "view_position"}
     parts = {s: read_large(level / file, ["Path", *source, *OBSERVATIONS]) for s, file in _SPLITS.items()}
     given = pd.concat(parts.values(), ignore_index=True)
@@ -58,10 +55,9 @@ def read_chexpert(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> Imag
 
 def read_mimic(root: Path, name: str, ref: DatasetRef = DatasetRef()) -> ImageDataset:
     """Read the labels of the studies, and the split and the view of their images."""
-    level = find_level(root, lambda folder: _large(folder, "split").is_file())
-    absent = [part for part in _MIMIC if level is None or not _large(level, part).is_file()]
-    if level is None or absent:
-        raise MIMIC_LAYOUT.layout_error(level or root, f"{_MIMIC[absent[0]]} is not there" if level else None)
+    level = MIMIC_LAYOUT.level(root, lambda folder: _large(folder, "split").is_file())
+    if absent := [file for part, file in _MIMIC.items() if not _large(level, part).is_file()]:
+        raise MIMIC_LAYOUT.layout_error(level, f"{absent[0]} is not there")
     images = read_large(_large(level, "split"), ["dicom_id", "study_id", "subject_id", "split"])
     views = read_large(_large(level, "metadata"), ["dicom_id", "ViewPosition"])
     studies = read_large(_large(level, "chexpert"), ["study_id", *OBSERVATIONS])

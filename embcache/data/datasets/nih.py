@@ -12,7 +12,7 @@ import pandas as pd
 from embcache.data.dataset import ImageDataset
 from embcache.data.files import check_file_ids, find_level, refuse_outside, walk_images
 from embcache.data.published import DatasetLayout
-from embcache.data.tables import as_numbers, check_unique, read_table
+from embcache.data.tables import as_numbers, check_unique, lacks_column, read_table
 from embcache.errors import DatasetError, first_few
 
 FINDINGS = {  # column -> class
@@ -123,9 +123,8 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def _read_experts(root: Path, layout: DatasetLayout) -> pd.DataFrame:
     """All rows of both expert label files, with a column of 0 and 1 for each of the four findings."""
-    level = find_level(root, lambda folder: _one_of(folder, _FILES["train"]) is not None)
-    if level is None:
-        raise layout.layout_error(root, "the expert label files of NIH are not there")
+    problem = "the expert label files of NIH are not there"
+    level = layout.level(root, lambda folder: _one_of(folder, _FILES["train"]) is not None, problem)
     parts = []
     for split, names in _FILES.items():
         file = _one_of(level, names)
@@ -154,10 +153,7 @@ def _as_table(given: pd.DataFrame, splits: list[str], values: dict[str, np.ndarr
     the rows have a field for each part.
     """
     if absent := [column for column in _SOURCE_COLUMNS if column not in given.columns]:
-        raise DatasetError(
-            f"a label file lacks the column {absent[0]!r}", code="column-missing", expected=", ".join(_SOURCE_COLUMNS),
-            found=", ".join(given.columns), where=file, fix="get the file anew",
-        )  # fmt: skip
+        raise lacks_column(file, absent, [*_SOURCE_COLUMNS], given, "get the file anew")
     check_file_ids(given["Image Index"], where=file)
     check_unique(given["Image Index"].tolist(), where=file)
     cells = {"id": given["Image Index"], "place": "", "label": 0, "group": given["Patient ID"], "split": splits}

@@ -32,10 +32,8 @@ def read_patchcam(root: Path, name: str) -> ImageDataset:
     level = find_level(root, lambda folder: (folder / "train_labels.csv").is_file() and (folder / "train").is_dir())
     if level is not None:
         return _read_kaggle(level, name)
-    level = find_level(root, lambda folder: (folder / (_H5.format(part="train", what="x") + ".h5")).is_file())
-    if level is not None:
-        return _read_hdf5(level, name)
-    raise LAYOUT.layout_error(root)
+    level = LAYOUT.level(root, lambda folder: (folder / (_H5.format(part="train", what="x") + ".h5")).is_file())
+    return _read_hdf5(level, name)
 
 
 def _read_kaggle(root: Path, name: str) -> ImageDataset:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from embcache.data.dataset import ImageDataset
-from embcache.data.files import find_level, passed_note, walk_images
+from embcache.data.files import passed_note, walk_images
 from embcache.data.published import DatasetLayout
 
 CLASSES = ("NORMAL", "PNEUMONIA")
@@ -21,9 +21,7 @@ _PATHOGEN = re.compile(r"_(bacteria|virus)_|(BACTERIA|VIRUS)-")
 
 def read_pneumonia(root: Path, name: str) -> ImageDataset:
     """Read the official ``train`` and ``test``; the 16 official ``val`` images are left out."""
-    level = find_level(root, lambda folder: all((folder / "train" / c).is_dir() for c in CLASSES))
-    if level is None:
-        raise LAYOUT.layout_error(root)
+    level = LAYOUT.level(root, lambda folder: all((folder / "train" / c).is_dir() for c in CLASSES))
     rows, passed, unknown = [], list[str](), 0
     for split in ("train", "test"):
         for label, class_name in enumerate(CLASSES):
