@@ -93,6 +93,7 @@ class Dispatch:
         self._failed: list[EmbcacheError | str] = []  # of workers that never were ready, or were lost
         self._unready = 0  # workers that never were: they are not replaced
         self._losses = 0
+        self._last = True  # whether nothing follows what was planned last
 
     def run(self, on_rows: OnRows) -> Iterator[OwedShards]:
         """Yield what was owed for a dataset once all of it is settled, until everything is or the run is to stop."""
@@ -102,10 +103,11 @@ class Dispatch:
                 self._elsewhere.clear()
             if not self._stop.requested:
                 self._take_more()
-                self._stop.complete = not (self._waiting or self._elsewhere or self._busy or self._fault)
             if self._fault is not None and not (self._waiting or self._busy):
                 raise self._fault
-            if self._stop.complete or (self._stop.requested and not self._busy):
+            settled = not (self._waiting or self._elsewhere or self._busy)
+            self._stop.complete = settled and self._last
+            if settled or (self._stop.requested and not self._busy):
                 return
             if not self._stop.requested:
                 self._recruit()
@@ -129,6 +131,7 @@ class Dispatch:
             if shards is None:
                 self._owed = None
             else:
+                self._last = shards.last
                 self._waiting.extend(_Task(shards, key, list(stores)) for key, stores in shards.waiting.items())
 
     def _recruit(self) -> None:
