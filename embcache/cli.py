@@ -109,7 +109,7 @@ class Group(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None:
             flags = [flag for option in command.params for flag in (*option.opts, *option.secondary_opts)]
-            advise_only(flags, _typed_home(rest) if "--home" in flags else "", _with_home())
+            advise_only(flags, _typed_home(rest) if "--home" in flags else {}, _with_home())
             ctx.call_on_close(lambda: advise_only(None))
         return name, command, rest
 
@@ -119,13 +119,14 @@ class Group(TyperGroup):
         _write_sections({"Commands": [(name, text) for name, (_, text) in places.places.items()]}, formatter)
 
 
-def _typed_home(words: Sequence[str]) -> str:
-    """The options of a command line that say where the home is, and its copies."""
-    typed = list[str]()
-    for flag in ("--home", "--cache-dir"):
+def _typed_home(words: Sequence[str]) -> dict[str, str]:
+    """The options of a command line that say where the home is, and its copies, by their flags."""
+    typed = dict[str, str]()
+    for flag in ("--cache-dir", "--home"):
         for word, value in zip(words, [*words[1:], ""], strict=False):
-            typed += [flag, value] if word == flag else [word] if word.startswith(f"{flag}=") else []
-    return shlex.join(typed)
+            if word == flag or word.startswith(f"{flag}="):
+                typed[flag] = shlex.join([flag, value if word == flag else word.removeprefix(f"{flag}=")])
+    return typed
 
 
 def _with_home() -> list[str]:

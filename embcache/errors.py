@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _known: frozenset[str] | None = None  # flags of the command that was typed
-_again: tuple[str, re.Pattern[str]] | None = None  # options to repeat, and commands that take them
+_again: list[tuple[str, re.Pattern[str]]] = []  # options to repeat, and the commands that take them and lack them
 
 
-def advise_only(flags: Iterable[str] | None, again: str = "", commands: Iterable[str] = ()) -> None:
+def advise_only(
+    flags: Iterable[str] | None, again: Mapping[str, str] | None = None, commands: Iterable[str] = ()
+) -> None:
     """Leave advice out of errors, from now on, that names other flags than these; None: leave nothing out.
 
-    Advised ``commands`` are given the options ``again``, which say where the home is. Code that raises an error cannot
-    know what was typed.
+    Advised ``commands`` get the options ``again``, by their flags, that say where the home is: code that raises an
+    error cannot know what was typed.
     """
-    global _known, _again
-    _known = None if flags is None else frozenset(flags)
-    names = "|".join(map(re.escape, commands))
-    _again = (again, re.compile(rf"\bembcache ({names})\b(?![^`;\n]* --home)")) if again and names else None
+    global _known
+    _known, names = None if flags is None else frozenset(flags), "|".join(map(re.escape, commands))
+    _again[:] = [
+        (words, re.compile(rf"\bembcache ({names})\b(?![^`;\n]* {flag}\b)")) for flag, words in (again or {}).items()
+    ]
 
 
 def with_home(advice: str) -> str:
     """Advice whose commands go to the home that was typed."""
-    return advice if _again is None else _again[1].sub(lambda match: f"{match[0]} {_again[0]}", advice)
+    for words, commands in _again:
+        pieces = commands.split(advice)  # text, command, text, …
+        advice = "".join(f"embcache {each} {words}" if k % 2 else each for k, each in enumerate(pieces))
+    return advice
 
 
 def _may_advise(advice: str) -> bool:

@@ -79,7 +79,7 @@ def cache_bytes() -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(
-            "the size of the cache is not a size", code="cache-size", expected="a number of bytes such as 200GB",
+            "the size of the cache cannot be read", code="cache-size", expected="a number of bytes such as 200GB",
             found=text, where="--cache-size, EMBCACHE_CACHE_SIZE", fix="--cache-size 200GB",
         )  # fmt: skip
     return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))

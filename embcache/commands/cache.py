@@ -23,7 +23,7 @@ from embcache.commands.output import (
     size_words,
 )  # fmt: skip
 from embcache.config import DatasetRef, ExportConfig, VerifyConfig
-from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line
+from embcache.errors import EmbcacheError, StoreError, StoreNotFoundError, UsageError, first_few, one_line, with_home
 from embcache.fields import parse_weights
 from embcache.paths import home_dir, home_text, skip, slug
 from embcache.sealed import plain
@@ -54,13 +54,14 @@ def ls(*, dataset: list[str], home: Path | None) -> Answer:
         unfinished = list(map(_go_on, begun))
         if not stores:
             echo_nothing("nothing is cached", dataset, home)
-            echo("\n".join([*unfinished, "try: embcache demo"]))
+            echo("\n".join([*unfinished, with_home("try: embcache demo")]))
             return
         notes = [f"in {home_text(home)}: {size_words(sum(s.bytes for s in stores))} in {counted(len(stores), 'store')}"]
         if runs:
             counts = ", ".join(f"{name} {number}" for name, number in runs.items())
             notes.append(f"runs: {counts} (embcache results)")
-        notes += [f"{s.dataset}/{s.path.name} is damaged: {s.problem}; try: embcache info" for s in stores if s.problem]
+        fix = with_home("try: embcache info")
+        notes += [f"{s.dataset}/{s.path.name} is damaged: {s.problem}; {fix}" for s in stores if s.problem]
         print_objects(stores, _LISTED, notes=[*notes, *unfinished])
 
     answer = {"stores": plain(stores), "runs": runs, "interrupted": plain(begun)}
@@ -330,7 +331,7 @@ def verify(
             if row["repaired"]:
                 echo(f"snapshot: {row['path']}: it was damaged; written again")
             elif row["problem"]:
-                fix = "try: embcache verify --repair --dataset NAME --data-root FOLDER"
+                fix = with_home("try: embcache verify --repair --dataset NAME --data-root FOLDER")
                 echo(f"snapshot: {row['path']}: {row['problem']}; {fix}")
         left = [(a["repaired"] or {"left": a["damage"]})["left"] for a in answers]
         keys = ("dataset", "backbone", "fingerprint", "shards", "rows")
@@ -462,7 +463,8 @@ class _Verification:
         if found.removed:
             self.show(f"    {found.removed:,} rows of images that left the dataset: hidden")
         if found.changed and not store.holds_pixels:
-            self.show(f"    their features are outdated; try: {extract_command(store.recipe.typed, dataset)}")
+            fix = with_home(extract_command(store.recipe.typed, dataset))
+            self.show(f"    their features are outdated; try: {fix}")
         return bool(found.ok)
 
     def _check_sample(self, check: StoreCheck, loader: _Loader, answer: dict[str, Any]) -> bool:

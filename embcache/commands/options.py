@@ -86,8 +86,8 @@ class Answer:
 def command_line(*words: str, home: Path | None = None) -> str:
     """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
     line = shlex.join(["embcache", *words])
-    given = with_home(line)
-    return given if given != line or home is None else f"{line} --home {shlex.quote(shown_home(home))}"
+    line = with_home(line)
+    return line if home is None or " --home " in line else f"{line} --home {shlex.quote(shown_home(home))}"
 
 
 def print_next(*words: str, home: Path | None = None) -> None:

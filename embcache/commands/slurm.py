@@ -34,8 +34,8 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 on=(srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK")
 # Its own address as the others see it: on some systems the first one of a node is that of the node alone.
-head=$("${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \
-  bash -c 'echo $(hostname --ip-address) $(hostname -I)' | tr ' ' '\n' |
+head=$("${{on[@]}}" --nodes=1 --ntasks=1 --nodelist="${{nodes[0]}}" \\
+  bash -c 'echo $(hostname --ip-address) $(hostname -I)' | tr ' ' '\\n' |
   awk '/:/ {{next}} !/^127[.]/ {{print; found = 1; exit}} {{own = $0}} END {{if (!found) print own}}')
 address="$head:$((20000 + SLURM_JOB_ID % 20000))"
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

@@ -38,11 +38,11 @@ from embcache.data.dataset import ImageDataset, named_dataset
 from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
 from embcache.data.partitioned import PartitionedDataset
-from embcache.errors import EmbcacheError
+from embcache.errors import DatasetError, EmbcacheError
 from embcache.extract.engines.devices import Crew, DevicesEngine, configs_of_others, split_devices
 from embcache.extract.engines.engine import Engine, OwedShards, OwedStore, in_part
 from embcache.extract.engines.local import LocalEngine, Stop
-from embcache.extract.quarantine import Quarantine
+from embcache.extract.quarantine import Quarantine, unusable
 from embcache.extract.scan import TICK_NS, DatasetFiles, decisive_sizes, plan_store, scan_dataset
 from embcache.fields import bare_name
 from embcache.io import keep_file, list_folder, mirror_of
@@ -56,6 +56,8 @@ from embcache.store.schema import NUMERICS, Recipe
 
 # What imports torch is imported where it is used: a run over complete stores needs none of it.
 if TYPE_CHECKING:
+    import pandas as pd
+
     from embcache.extract.jobs import FeatureJob
     from embcache.extract.worker import FrozenNetwork
 
@@ -191,6 +193,8 @@ class _Run:
         self._networks: list[FrozenNetwork] = []
         self._executed: dict[tuple[int, str], FrozenNetwork] = {}  # by the place of the network, and the runtime
         self._begun, self._images, self._done = dict[OwedShards, _Part](), 0, list[Extraction]()
+        self._fault: DatasetError | None = None  # raised once the shards in work are committed
+        self._unusable = 0
 
     def begin_each(self, dataset: ImageDataset | PartitionedDataset) -> Iterator[tuple[FeatureJob, OwedShards]]:
         """What is owed for each partition of a dataset, or for one that has none, and how it is computed.
@@ -201,6 +205,8 @@ class _Run:
         for begun in map(self._begin, parts):
             if begun is not None:
                 yield begun
+            if self._fault:
+                raise self._fault
             if self._stop.requested:
                 return
 
@@ -210,7 +216,7 @@ class _Run:
 
     def _counting(self, dataset: ImageDataset) -> ImageDataset:
         """A partition that knows how many images of those that are finished are quarantined."""
-        bad = max((len(one.quarantined) for one in self._done), default=0)
+        bad = max((len(unusable(one.quarantined)) for one in self._done), default=0)
         return replace(dataset, part=dataset.part and replace(dataset.part, bad=bad))
 
     def _begin(self, dataset: ImageDataset) -> tuple[FeatureJob, OwedShards] | None:
@@ -256,12 +262,14 @@ class _Run:
         return self._networks
 
     def _job(self, dataset: ImageDataset, files: DatasetFiles, owed: Sequence[OwedStore]) -> FeatureJob:
+        import torch
+
         from embcache.extract.jobs import FeatureJob, Here
         from embcache.extract.pixels import cached_pixels
         from embcache.extract.recipes import Traits, kept_conversion
 
         config, ray = self._config, self._ray
-        threads = (config.cpus_per_worker or owed[0].store.threads) if ray else _threads()
+        threads = (config.cpus_per_worker or owed[0].store.threads) if ray else torch.get_num_threads()
         cached = cached_pixels(self._networks, owed, dataset, files)
         job = FeatureJob(
             dataset.name, dataset.total, dataset.part.current if dataset.part else (), tuple(self._backbones),
@@ -272,8 +280,8 @@ class _Run:
             workers=config.workers or threads if ray else self._workers,
         )  # fmt: skip
 
-        def ids(partition: str) -> list[str]:
-            return job.ids(partition) if partition else dataset.table["id"].tolist()
+        def ids(partition: str, known: pd.Series | None = None if dataset.part else dataset.table["id"]) -> list[str]:
+            return job.ids(partition) if known is None else known.tolist()
 
         self._quarantine = Quarantine(job.images, ids, files.root, config, job.partitions)
         if ray:
@@ -302,6 +310,7 @@ class _Run:
         """Keep what was learned, and count what was done."""
         part = self._begun.pop(shards)
         part.learning.close()
+        self._stop.complete = self._images == part.dataset.total and not self._begun
         self._add(part.dataset, part.owed, shards, part.threads)
 
     def _add(self, dataset: ImageDataset, owed: Sequence[OwedStore], shards: OwedShards, threads: int) -> None:
@@ -313,21 +322,20 @@ class _Run:
         ]
         for note in self._decoding.notes():
             log.warning(note)
-        if dataset.part is not None:  # of the others, only counts and reasons are kept
-            done = [replace(one, store=FeatureStore(one.store.path)) for one in done]
         self._done = [one.joined(other) for one, other in zip(self._done, done, strict=True)] if self._done else done
-        if shards.unusable:  # workers that checked at once did not know of each other's
-            most = max((one.quarantined for one in self._done), key=len)
-            self._quarantine.check_total(most, f"{shards.unusable:,} of them found by this run")
+        self._unusable += shards.unusable
+        if self._ray and shards.unusable:  # workers that checked at once did not know of each other's
+            most = max((unusable(one.quarantined) for one in self._done), key=len)
+            self._fault = self._quarantine.too_many(most, f"{self._unusable:,} of them found by this run")
 
     def summary(self, images: int, seconds: float) -> list[Extraction]:
         """What was done for a dataset of so many images; what was begun may not be complete."""
         for shards in list(self._begun):
             self.finish(shards)
+        if self._fault and not self._stop.requested:
+            raise self._fault
         rest = images - self._images
-        return [
-            replace(one, left=one.left + rest, undone=one.undone + rest, seconds=seconds) for one in self._done
-        ]  # fmt: skip
+        return [replace(one, left=one.left + rest, undone=one.undone + rest, seconds=seconds) for one in self._done]
 
 
 def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
@@ -348,6 +356,8 @@ def _open_store(
     pool: Executor,
 ) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
+    import torch
+
     from embcache.backbones.runtimes import choose_runtime, runtime_version
     from embcache.extract.canaries import canary_features, check_canaries, environment
     from embcache.extract.recipes import kept_conversion, log_differences, make_recipe, safe_runtime
@@ -370,7 +380,7 @@ def _open_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or usual_rows,
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), runtime=runtime,
-        threads=config.cpus_per_worker or _threads(),
+        threads=config.cpus_per_worker or torch.get_num_threads(),
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
             **({"checkpoint": network.backbone.given} if network.backbone.given else {}),
@@ -384,9 +394,7 @@ def _open_store(
     if plan.shards:
         check_canaries(path, network, canaries)
         if runtime != store.runtime:
-            log.info(
-                f"{recipe.backbone}: the store was created with the runtime {store.runtime}; this run uses {runtime}"
-            )
+            log.info(f"{recipe.backbone}: the store was created with the runtime {store.runtime}, not {runtime}")
     return OwedStore(store, plan, config.batch_size or store.batch_size, runtime)
 
 
@@ -399,12 +407,6 @@ def _log_continued(name: str, store: FeatureStore, config: ExtractConfig) -> Non
         )
     if config.rows_per_shard not in (None, store.rows_per_shard):
         log.info(f"{name}: the store was created with {store.rows_per_shard} rows per shard, and keeps them")
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def default_rows(device: str, images: int, row_shape: Sequence[int] = ()) -> int:
@@ -431,7 +433,8 @@ def _summarize(
             f"{store.batch_size} and {store.threads}: features may differ in the last bits"
         )
     return Extraction(
-        name, store, computed, plan.cached, plan.added, plan.changed, plan.retried,
+        name, store if dataset.part is None else FeatureStore(store.path),
+        computed, plan.cached, plan.added, plan.changed, plan.retried,
         left=sum(len(shard.ids) for shard in left),
         undone=sum(len(shard.ids) for shard in left if in_part(shard.number, config.part)),
         quarantined=dict(store.quarantined), seconds=0.0,

@@ -121,7 +121,7 @@ def cache_pixels(
         job = PixelJob(
             str(files.root), framing, portable_home(home), dataset.name, threads, limits.max_pixels, limits,
         )  # fmt: skip
-        shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset, learn=files.scan.learn)
+        shards = OwedShards([OwedStore(store, plan, _BATCH)], dataset, learn=files.scan.learn, last=False)
         with files.learning():
             for _ in engine.run([shards], job) if shards.waiting else ():
                 pass

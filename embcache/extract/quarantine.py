@@ -54,6 +54,11 @@ def parse_max_bad(value: int | str, images: int) -> int:
     return max(1, int(images * share / 100)) if share else 0
 
 
+def unusable(quarantined: Mapping[str, str]) -> dict[str, str]:
+    """The images of a store that count: not those that left the dataset."""
+    return {image: why for image, why in quarantined.items() if why != LEFT}
+
+
 class Quarantine:
     """Judges the unusable images of one run over a number of images: every shard is checked before it is committed.
 
@@ -97,17 +102,18 @@ class Quarantine:
             again = set(each.ids)  # rows of the same images that were there are superseded
             before = {image: why for image, why in tally.bad().items() if image not in again}
             new = f"{len(bad):,} of them in the current shard, which is not committed"
-            self.check_total({**bad, **before}, new, shard.bad)
+            if error := self.too_many({**bad, **before}, new, shard.bad):
+                raise error
 
-    def check_total(self, bad: Mapping[str, str], new: str, elsewhere: int = 0) -> None:
-        """Refuse a number of unusable images, given with their reasons; ``new`` says where the last ones were found."""
+    def too_many(self, bad: Mapping[str, str], new: str, elsewhere: int = 0) -> DatasetError | None:
+        """The error for so many unusable images, given with their reasons; ``new`` says where the last were found."""
         total = elsewhere + len(bad)
         if total <= self._allowed:
-            return
+            return None
         lines = [f"{image}: {reason}" for image, reason in list(bad.items())[:_SHOWN]]
         if total > len(lines):
             lines.append(f"… and {total - len(lines):,} more")
-        raise DatasetError(
+        return DatasetError(
             f"too many images cannot be used: {total:,} of {self._images:,} ({new})",
             code="too-many-bad-images", found="\n".join(lines), where=self._root,
             expected=f"at most {self._allowed:,} (--max-bad {self._config.max_bad})",

@@ -302,7 +302,7 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
             raise StoreError(
                 "the checkpoint cannot be written", code="checkpoint-not-written", found=str(error), where=path,
-                fix="free space there, then run the same command again (embcache finetune with --resume): "
+                fix="free space there, then run the same command again (embcache finetune … --resume): "
                 "the last epoch is kept",
             ) from error  # fmt: skip
 

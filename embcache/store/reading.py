@@ -367,7 +367,7 @@ def read_features(store: Path, header: StoreHeader, number: int, files: ShardFil
 def unless_collected(store: Path, look: Callable[[], _T], whole: Callable[[_T], bool] = lambda found: True) -> _T:
     """What ``look`` finds in a store; it looks again where `embcache gc` removed what was listed and not yet read.
 
-    So it does where it finds what is not ``whole``.
+    It also looks again where what it finds is not ``whole``.
     """
 
     def listed() -> set[tuple[str, int]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -28,9 +33,11 @@ from embcache.errors import CorruptStoreError, DatasetError, DatasetNotFoundErro
 from embcache.extract.engines.engine import OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.extract import Extraction, extract
+from embcache.extract.quarantine import LEFT, unusable
 from embcache.extract.scan import scan_dataset
 from embcache.maintain.gc import collect
 from embcache.mirror import open_mirror
+from embcache.paths import slug
 from embcache.places import open_place
 from embcache.store.commit import refresh_view
 from embcache.store.feature_store import PIXELS, FeatureStore, list_stores
@@ -298,19 +305,23 @@ def test_unusable_images_of_partitions_that_are_open_at_once_end_the_run(
 ) -> None:
     for name in ("002", "040"):
         (root / f"{name}.png").write_bytes(b"no image")
-    monkeypatch.setattr(extracting, "LocalEngine", Eager)
+    monkeypatch.setattr(extracting, "ray_connection", lambda config: nullcontext())
+    monkeypatch.setattr(extracting._Run, "_engine", lambda run, label, *_: Eager(label))
     with refused(DatasetError, "too-many-bad-images") as caught:
-        go(load(root), max_bad=1)
-    assert "2 of 60 (1 of them found by this run)" in caught.value.problem
-    assert go(load(root), max_bad=1).computed == 0  # nothing is computed any more, so nothing is judged
+        go(load(root), max_bad=1, engine="ray")
+    assert "2 of 60 (2 of them found by this run)" in caught.value.problem
+    assert go(load(root), max_bad=1, engine="ray").computed == 0  # nothing is computed, so nothing is judged
     draw(root / "002.png", 2)
     draw(root / "003.png", 1003)
     (root / "041.png").write_bytes(b"no image")
     draw(root / "040.png", 40)
-    assert facts(go(load(root), max_bad=1)) == (4, 56, 0, 4, 0)  # two are repaired, one is broken
+    assert facts(go(load(root), max_bad=1, engine="ray")) == (4, 56, 0, 4, 0)  # two are repaired, one is broken
+    assert unusable({"a": LEFT, "b": "the file is empty"}) == {"b": "the file is empty"}
 
 
-def test_only_the_last_shard_of_all_completes_a_run(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_shard_of_all_completes_a_run(
+    root: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop, seen, settle = Stop(), list[bool](), OwedShards.settle
     config = ExtractConfig(rows_per_shard=SHARD)
 
@@ -328,6 +339,30 @@ def test_only_the_last_shard_of_all_completes_a_run(root: Path, home: Path, monk
     extract(load(root), ["random"], config, home=home, stop=stop)  # nothing is owed of the first partition
     assert seen == [False, False, True]
     assert stop.complete
+    seen.clear()
+    monkeypatch.setattr(extracting, "scan_dataset", scan)
+    extract(load(root, tmp_path), ["random"], replace(config, stage="pixels"), home=tmp_path, stop=stop)
+    assert seen.index(True) == len(seen) - 1
+
+
+def test_a_partition_is_forgotten_when_it_is_done(
+    root: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, seen, scan = list[int](), list[weakref.ref[ImageDataset]](), extracting.scan_dataset
+
+    def look(dataset: ImageDataset, *more: Any) -> Any:
+        gc.collect()
+        alive.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(dataset))
+        return scan(dataset, *more)
+
+    monkeypatch.setattr(extracting, "scan_dataset", look)
+    for device in ("cpu", "cpu,cpu"):
+        parts = load_partitioned(root / "t.parquet", name=slug(device), rows=16, home=home)
+        go(parts, device=device) if device == "cpu" else extract(
+            parts, ["tests.extract.slow_net:slow"], ExtractConfig(device=device), home=home
+        )
+    assert max(alive) == 0
 
 
 def test_other_labels_and_columns_leave_what_is_known_of_the_files(
