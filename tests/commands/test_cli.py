@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import embcache as package
 from embcache.cli import COMMANDS, app
-from embcache.errors import DatasetError, ProtocolError, UsageError, advise_only
+from embcache.errors import DatasetError, EmbcacheError, ProtocolError, UsageError, advise_only, with_home
 from tests.commands.shell import answer, embcache
 from tests.commands.test_output import command
 from tests.data.pictures import write_image
@@ -198,6 +198,31 @@ def test_advice_to_other_flags_is_left_out() -> None:
         error = UsageError("no", fix=("--that 3", "--this", "embcache other --that", "look"))
         assert error.fix == "--this, or embcache other --that, or look"
         assert "try" not in str(UsageError("no", fix="--that"))
+    finally:
+        advise_only(None)
+
+
+@pytest.mark.parametrize("typed", [["--home", "{}"], ["--home={}"], ["--cache-dir", "c d", "--home", "{}"]])
+def test_advice_goes_to_the_home_that_was_typed(typed: list[str], tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    words = [word.replace("{}", str(home)) for word in typed]
+    with pytest.raises(EmbcacheError) as caught:
+        embcache("results", "zz", *words)
+    cache = " --cache-dir 'c d'" if "c d" in typed else ""
+    assert caught.value.fix == f"embcache results --home '{home}'{cache}"
+    assert f"try: embcache demo --home '{home}'" in embcache("ls", *words).output
+    assert UsageError("no", fix="embcache results").fix == "embcache results"  # of another command line
+
+
+def test_only_commands_that_lack_it_get_the_home() -> None:
+    advise_only(None, {"--home": "--home X"}, ["ls", "results", "splits export"])
+    try:
+        assert with_home("embcache ls --dataset d, or `embcache results`: see") == (
+            "embcache ls --home X --dataset d, or `embcache results --home X`: see"
+        )
+        assert with_home("embcache splits export D") == "embcache splits export --home X D"
+        for plain in ("embcache ls --home Y", "embcache heads", "embcache lsx", "another embcache"):
+            assert with_home(plain) == plain
     finally:
         advise_only(None)
 
