@@ -129,8 +129,8 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
                 made += options
                 continue
             default = parameter.default
-            if parameter.name == "home":
-                made += _CACHE
+            if parameter.name == "home":  # as text: of an address, Path would drop what it should be refused for
+                made, kind = [*made, *_CACHE], str | None
             if parameter.name in _SHARED and not extras:
                 extras, default = [_shared(parameter.name)], None
             elif extras and isinstance(extras[0], str):
@@ -152,6 +152,8 @@ def command(*, table: bool = False) -> Callable[[Callable[..., Answer | None]], 
                 if value := given.pop(name, None):
                     os.environ[f"EMBCACHE_{name.upper()}"] = str(value)
                     cache_bytes()
+            if home := given.get("home"):
+                given["home"] = home if "://" in home else Path(home)
             style = {name: given.pop(name, False) for name in ("wide", "csv") if table}
             json = given.get("json") if takes_json else given.pop("json", None)
             for name in lists:

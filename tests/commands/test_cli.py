@@ -214,6 +214,13 @@ def test_advice_goes_to_the_home_that_was_typed(typed: list[str], tmp_path: Path
     assert UsageError("no", fix="embcache results").fix == "embcache results"  # of another command line
 
 
+@pytest.mark.parametrize("address", ["s3://bucket//lab", "http://127.0.0.1:5/lab", "S3://bucket/lab"])
+def test_an_address_that_means_another_place_is_refused_as_it_was_typed(address: str) -> None:
+    with refused(UsageError, "place-address") as caught:
+        embcache("ls", "--home", address)
+    assert caught.value.found == address
+
+
 def test_only_commands_that_lack_it_get_the_home() -> None:
     advise_only(None, {"--home": "--home X"}, ["ls", "results", "splits export"])
     try:
