@@ -131,7 +131,8 @@ def _print(images: int, done: list[Extraction]) -> None:
         max(counts) for counts in zip(*((e.left, e.changed, e.retried) for e in done), strict=True)
     )
     notes = [f"not complete: {left:,} images are left for other parts or another run"] if left else []
-    if elsewhere := max(images - e.cached - e.computed - e.left for e in done):
+    # Below 0 where rows of images that left the dataset were computed.
+    if (elsewhere := max(images - e.cached - e.computed - e.left for e in done)) > 0:
         notes.append(f"{elsewhere:,} images were computed by other processes")
     if not left and not any(extraction.computed for extraction in done):
         notes.append("complete: every image was cached already, nothing was computed")

@@ -85,8 +85,7 @@ class Answer:
 
 def command_line(*words: str, home: Path | None = None) -> str:
     """``embcache`` with these words, to be typed in the same shell, with the home that was given."""
-    line = shlex.join(["embcache", *words])
-    line = with_home(line)
+    line = with_home(shlex.join(["embcache", *words]))
     return line if home is None or " --home " in line else f"{line} --home {shlex.quote(shown_home(home))}"
 
 

@@ -246,7 +246,6 @@ class _Run:
 
             engine = self._engine(f"decode {dataset.name}", replace(config, gpus_per_worker=None), config.workers or 1)
             stage_pixels(self._networks, owed, dataset, files, config, home=home, engine=engine)
-            self._stop.complete = False
         job = self._job(dataset, files, owed)
         self._begun[shards] = _Part(dataset, owed, job.threads, learning)
         return job, shards

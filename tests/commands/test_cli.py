@@ -14,7 +14,10 @@ from typer.main import get_command
 
 import embcache as package
 from embcache.cli import COMMANDS, app
+from embcache.commands.features import _print
 from embcache.errors import DatasetError, EmbcacheError, ProtocolError, UsageError, advise_only, with_home
+from embcache.extract.extract import Extraction
+from embcache.store.feature_store import list_stores
 from tests.commands.shell import answer, embcache
 from tests.commands.test_output import command
 from tests.data.pictures import write_image
@@ -119,6 +122,18 @@ def test_each_mistake_gets_one_message(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(("images", "said"), [(5, True), (3, False), (2, False)])
+def test_what_other_processes_computed_is_named(
+    images: int, said: bool, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset([0, 1] * 3)
+    put_store(home, dataset, "random", make_features(dataset))
+    (store,) = list_stores(home)
+    done = Extraction("random", store, 2, 1, 3, 0, 0, left=0, undone=0, quarantined={}, seconds=0.1)
+    _print(images, [done])  # of two images, one row is of an image that left the dataset
+    assert ("2 images were computed by other processes" in capsys.readouterr().out) == said
+
+
 def test_output_that_cannot_be_written_leaves_no_traceback(home: Path) -> None:
     lines = {
         ">&-": {0}, "> /dev/full": {1}, "| true; exit ${PIPESTATUS[0]}": {0, 1},
