@@ -115,7 +115,8 @@ def test_a_node_that_is_killed_costs_nothing_but_its_shard(
     assert lost[0].endswith("workers left: 1")
     assert "Ray: room for 2 workers; cores of each 1, GPUs 0" in said
     assert not list((done.store.path / "leases").iterdir())
-    cluster.add_node(**NODE)  # by now the head knows that the other one is gone
+    cluster.wait_for_nodes(120)  # until the head, too, knows that the other one is gone
+    cluster.add_node(**NODE)
     assert capfd.readouterr().out == ""
 
 
@@ -142,7 +143,7 @@ def test_workers_stay_from_one_partition_to_the_next(
 
     started, start = list[RayPool](), RayPool.start
     monkeypatch.setattr(RayPool, "start", lambda pool: started.append(pool) or start(pool))
-    done = extracted(home, engine="ray", address=cluster.address)
+    done = extracted(home, engine="ray", address=cluster.address, num_workers=2)
     assert (done.computed, done.left, len(done.store)) == (40, 0, 40)
     assert (len(started), len({*started})) == (2, 1)
     assert contents(done.store.path) == contents(extracted(tmp_path / "local").store.path)
