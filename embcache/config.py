@@ -229,11 +229,19 @@ class SlurmConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in vars(self).items():
-            if isinstance(value, str) and not re.fullmatch(r"[\w.:,@+-]+", value):
+            pattern, expected = _SLURM_TEXTS.get(name, (r"[\w.:,@+-]+", "letters, digits and . : , @ + -"))
+            if isinstance(value, str) and not re.fullmatch(pattern, value):
                 raise UsageError(
                     f"--{name} cannot stand in a batch script", code="slurm-value", found=repr(value)[:80],
-                    expected="letters, digits and . : , @ + -", where=f"--{name}",
+                    expected=expected, where=f"--{name}",
                 )  # fmt: skip
+
+
+# As `man sbatch` has them.
+_SLURM_TEXTS = {
+    "time": (r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "minutes, M:S, H:M:S, or days: D-H, D-H:M, D-H:M:S"),
+    "memory": (r"[0-9]+[KMGT]?", "a whole number, in megabytes or with K, M, G or T"),
+}
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def test_an_installed_backbone_is_extracted_by_another_process(
     config = ExtractConfig(device="cpu", workers=1, weights=(f"one={files['one']}",), transform="paper")
     said = list[str]()
     with shown(said.append), Crew([config], dataset, ["tiny", ONE], home, Stop()) as crew:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while sum(len(store.committed()) for store in list_stores(home)) < 2 and time.monotonic() < end and not said:
             time.sleep(0.1)
     assert (crew.computed, said) == ([[20, 20]], [])

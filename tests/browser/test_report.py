@@ -37,7 +37,7 @@ def seen(browser: Any, report_file: Path) -> Any:
     return browser
 
 
-def _until(ready: Callable[[], Any], seconds: float = 10) -> Any:
+def _until(ready: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (found := ready()) and time.monotonic() < end:
         time.sleep(0.05)

@@ -70,19 +70,22 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {
         **os.environ, "PATH": f"{folder}{os.pathsep}{python}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parents[2]), "SLURM_JOB_ID": str(random.randrange(20_000)),
-        "SLURM_LOG": str(tmp_path / "srun.log"),
+        "SLURM_LOG": str(tmp_path / "srun.log"), "RAY_worker_niceness": "0",
     }  # fmt: skip
 
 
 def submit(text: str, folder: Path, environment: dict[str, str]) -> str:
     script = folder / "extract.sh"
     script.write_text(text)
-    done = subprocess.run(
-        ["sbatch", str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    job = subprocess.Popen(
+        ["sbatch", str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        said, _ = job.communicate(timeout=600)
+    finally:
+        job.terminate()  # the script ends its nodes
+    assert job.returncode == 0, said
+    return said
 
 
 def script(root: Path, home: Path, slurm: SlurmConfig, **options: object) -> str:
@@ -152,6 +155,14 @@ def test_a_script_names_the_folder_of_copies(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_value_that_would_change_the_script_is_refused(value: str) -> None:
     with refused(UsageError, "slurm-value"):
         SlurmConfig(partition=value)
+
+
+def test_time_and_memory_are_as_sbatch_reads_them() -> None:
+    for time in ("90", "90:00", "04:00:00", "1-12", "1-12:30", "1-12:30:00"):
+        SlurmConfig(time=time, memory="64G")
+    for wrong in ({"time": "4h"}, {"time": "1d"}, {"time": "1:2:3:4"}, {"memory": "64GB"}, {"memory": "1.5G"}):
+        with refused(UsageError, "slurm-value"):
+            SlurmConfig.make(options=wrong)
 
 
 @pytest.mark.parametrize(("own", "found"), [("10.1.2.3", "10.1.2.3"), ("127.0.0.1", "127.0.0.1")])

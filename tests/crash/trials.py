@@ -155,7 +155,7 @@ class Trials:
             log = self._folder / f"log{worker}"
             children.append(Child(self._dataset, self._home, case, log, hook=_linkless(links, hook), part=part))
         ended: dict[int, int] = {}
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while len(ended) < workers:  # the dead must be buried: until then their leases look alive
             require(time.monotonic() < until, "the extractions hang")
             for worker, child in enumerate(children):

@@ -90,14 +90,14 @@ def test_one_that_leaves_early_takes_nothing_from_the_others() -> None:
     def stay() -> None:
         with quiet("noisy"):
             inside.set()
-            assert left.wait(30)
+            assert left.wait(300)
             warn("noisy")
 
     with ThreadPoolExecutor(1) as pool:
         before = list(warnings.filters)
         with quiet("other"):
             staying = pool.submit(stay)
-            assert inside.wait(30)
+            assert inside.wait(300)
         left.set()
         staying.result()
         assert warnings.filters == before

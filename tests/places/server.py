@@ -49,7 +49,7 @@ def serving(page: int = PAGE) -> Iterator[int]:
             assert started.stdout
             port = int(started.stdout.readline())
             bucket = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(bucket, timeout=30).close()
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(bucket, timeout=120).close()
             yield port
         finally:
             assert started.stdin

@@ -68,7 +68,7 @@ def test_of_racing_processes_one_wins(opened: Opened) -> None:
     ]
     for child in children:
         child.start()
-    won = dict(answers.get(timeout=120) for _ in children)
+    won = dict(answers.get(timeout=600) for _ in children)
     for child in children:
         child.join(60)
     for n, key in enumerate(keys):
