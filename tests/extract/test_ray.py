@@ -49,7 +49,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # else other tests take nearly all of the cores
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else other tests take nearly all of the cores
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # of the nodes
     made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
