@@ -77,9 +77,11 @@ def kill_before(call: Call, do: Callable[[], Any]) -> Any:
 
 
 def kill_after(call: Call, do: Callable[[], Any]) -> Any:
-    """Killed after the call."""
-    do()
-    die()
+    """Killed after the call, one that fails too, as the first of two ways to rename does."""
+    try:
+        do()
+    finally:
+        die()
 
 
 def kill_within(call: Call, do: Callable[[], Any]) -> Any:

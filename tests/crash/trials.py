@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from embcache.data.dataset import ImageDataset, load_dataset
+from embcache.extract.scan import TICK_NS
 from embcache.store.feature_store import list_stores
 from tests.crash.faults import FAULTS, Call, Hook, fault_at
 from tests.crash.powerloss import ACK, Disk, Journal, write_tree
@@ -64,6 +65,7 @@ class Trials:
             if case.grown:
                 self._run_well(before, case, self._base(case))
         draw_images(images, grown=True)
+        time.sleep(1.1 * TICK_NS / 1e9)  # every run learns as much of the files, and makes as many calls
         self._dataset: ImageDataset = load_dataset("folder", images)
         for case in cases:
             self._start(case)
