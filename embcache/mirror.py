@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from embcache import io as disk
 from embcache.errors import CorruptStoreError, StoreError, UsageError
@@ -283,14 +283,14 @@ class Mirror:
 
     # What reads the folder calls
 
-    def refresh(self, folder: Path | None = None, *, whole: bool = False) -> None:
+    def refresh(self, folder: Path | None = None, *, whole: bool = False, again: bool = False) -> None:
         """Bring documents here as they are there: those of one store with its commits, by default all but shards'.
 
-        Not again within a moment. Plans are listed only, and brought when they are read. With ``whole`` a store's
-        documents are brought although they are here and never change, and those go that are not there.
+        Not within a moment, unless ``again``. Plans are listed only, and brought when they are read. With ``whole`` a
+        store's documents are brought although they are here and never change, and those go that are not there.
         """
-        now = time.monotonic()
-        if not whole and now < self._refreshed.get(folder, -1e9) + (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
+        age = time.monotonic() - self._refreshed.get(folder, -1e9)
+        if not (whole or again) and age < (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
         from filelock import FileLock, Timeout  # which imports asyncio
 
@@ -306,7 +306,7 @@ class Mirror:
         self._refreshed[folder] = time.monotonic()
 
     def _refresh(self, folder: Path | None, whole: bool) -> None:
-        started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), list[Path]()
+        started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), dict[Path, int]()
         name = "" if folder is None else f"/{folder.relative_to(self.root).as_posix()}"
         plans, manifests = set[int](), list[Path]()
         for entry in self.place.list(f"home{name}") if folder else self._beyond_shards():
@@ -315,12 +315,21 @@ class Mirror:
             kind = path.parent.name if self._is_many(path) else ""
             plans |= {int(path.stem)} if kind == "plan" else set()
             manifests += [path] if kind == "manifests" else []
-            learned[str(path)] = "" if self._created_once(path) else entry.etag
-            if whole or not path.exists() or known.get(str(path), "") != learned[str(path)]:
-                wanted += [path] if whole or not self._is_many(path) or path.name == _COMMIT else []
+            # Not by its bytes alone, of which the tag is: they may have been others in between.
+            before, now = known.get(str(path), ""), "" if kind else f"{entry.etag} {entry.modified}"
+            learned[str(path)], here = now, _state(path)
+            stale = here.size != entry.size or (before != now and not self._created_once(path))
+            newer = before != now if before else entry.modified > here.modified + _SETTLED_SECONDS
+            if folder is None and path.name == "recipe.json" and here.size >= 0 and newer:
+                stale = self._remove_copies(path.parent)
+            if whole or (stale and (not kind or path.name == _COMMIT)):
+                wanted[path] = entry.size
+            elif stale and here.size >= 0:  # cut when power was lost: brought when it is read
+                disk.remove(path)
         if not whole:
             self._unfold(manifests)
-        self._bring([path for path in wanted if whole or not (self._created_once(path) and path.exists())])
+        # What was unfolded is here by now.
+        self._bring([p for p, size in wanted.items() if whole or not self._is_many(p) or _state(p).size != size])
         if folder is not None:
             self._plans[folder] = plans
             for path in [*folder.glob("plan/*.json"), *folder.glob(f"shards/*/{_COMMIT}")] if whole else ():
@@ -333,6 +342,14 @@ class Mirror:
                 with suppress(FileNotFoundError):
                     if path.lstat().st_mtime < started - _SETTLED_SECONDS:
                         disk.remove(path.parent if path.name in (_COMMIT, "recipe.json") else path)
+
+    def _remove_copies(self, store: Path) -> bool:
+        """Remove those of a store that someone has removed there and made again."""
+        for name in ("shards", "manifests", "plan", "canaries.json", "recipe.json"):
+            with suppress(FileNotFoundError):
+                disk.remove(store / name)
+        self._refreshed.pop(store, None)
+        return True
 
     def _beyond_shards(self) -> Iterator[Entry]:
         """Documents of the home; a listing that passes many of shards begins anew behind them."""
@@ -498,6 +515,20 @@ class Mirror:
                 with suppress(FileNotFoundError):
                     disk.remove(path)
                 self._held -= size
+
+
+class _Copy(NamedTuple):
+    """A file of this machine; of none the size is -1."""
+
+    size: int
+    modified: float
+
+
+def _state(path: Path) -> _Copy:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        state = path.lstat()
+        return _Copy(state.st_size, state.st_mtime)
+    return _Copy(-1, 0.0)
 
 
 def _is_run(folder: Path) -> bool:

@@ -74,7 +74,7 @@ def slug(name: str) -> str:
     Two names never share a slug: where characters were replaced, a short hash of the name is appended.
     """
     safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:80]
-    if safe == name:
+    if safe == name and safe not in ("weights", "sample-images"):  # folders of a home that are no dataset's
         return safe
     return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 

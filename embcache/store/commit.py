@@ -221,7 +221,10 @@ def write_view(store: Path) -> None:
         files, links = form.encode_view(header, *_view_rows(header, reading.read_live(store, header), mark))
         if mirror := disk.mirror_of(store):
             disk.replace_file(store / REFERENCES, _references(mirror, store, form.view, files, links))
-            return
+            mirror.refresh(store, again=True)
+            if view_is_current(store, header):
+                return
+            continue
         # Relative to where a link will lie, not to where it is staged.
         targets = {link: (os.path.relpath(target, Path(link).parent), store / target) for link, target in links.items()}
         staged = store / "staging" / disk.staged_name("view-")

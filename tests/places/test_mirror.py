@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,12 +32,12 @@ from embcache.maintain.gc import collect, collect_home
 from embcache.maintain.repair import Rebuild, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.mirror import Mirror, open_mirror
-from embcache.paths import addressed, home_dir, home_text
-from embcache.places import open_place
+from embcache.paths import addressed, home_dir, home_text, slug
+from embcache.places import Entry, ObjectPlace, open_place
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run, list_results, load_heads, replace_result, runs_dir
 from embcache.sealed import seal
-from embcache.store import reading
+from embcache.store import commit, reading
 from embcache.store.commit import commit_shard, is_committed, publish_plan, write_view
 from embcache.store.feature_store import FeatureStore, list_stores
 from embcache.store.lease import Lease
@@ -304,6 +305,26 @@ def test_the_view_is_a_reference_file(machine: Machine) -> None:
     np.testing.assert_array_equal(np.frombuffer(chunk, "<f4").reshape(4, 3)[0], FeatureStore(store).features[2])
 
 
+def test_a_view_shows_what_was_committed_while_it_was_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "_FRESH_SECONDS", 1000.0)
+    store, references = make_store(machine("one")), commit._references
+    add(store, 0, ["a", "b"])
+
+    def late(*given: Any) -> bytes:
+        made = references(*given)
+        if not (on(machine("two"), store) / "shards/000001").exists():
+            add(on(machine("two"), store), 1, ["c"])
+            write_view(on(machine("two"), store))
+        machine("one")
+        return made
+
+    monkeypatch.setattr(commit, "_references", late)
+    write_view(store)
+    assert "features/c/1/0" in json.loads(disk.read_regular(store / "view.refs.json"))["refs"]
+
+
 def test_runs_are_saved_and_replaced_whole_and_shared(
     machine: Machine, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,10 +471,11 @@ def test_what_others_keep_under_the_prefix_is_passed_over(machine: Machine) -> N
 
 def test_datasets_may_have_the_names_of_folders(machine: Machine) -> None:
     home = machine("one")
-    for name in ("plan", "shards", "manifests", "partitions", "commits"):
+    names = ("plan", "shards", "manifests", "partitions", "commits", slug("weights"), slug("sample-images"))
+    for name in names:
         replace_file(home / name / "dataset.parquet", name.encode())
     other = machine("two")
-    for name in ("plan", "shards", "manifests", "partitions", "commits"):
+    for name in names:
         assert (other / name / "dataset.parquet").read_bytes() == name.encode()
 
 
@@ -499,6 +521,57 @@ def test_a_copy_that_was_cut_is_brought_again(machine: Machine) -> None:
     rows = add(store, 0, ["a", "b"])
     (store / "shards/000000/data.zarr/features/c/0/0").write_bytes(b"")
     np.testing.assert_array_equal(FeatureStore(store).features[:], rows.features)
+
+
+def test_a_document_that_was_cut_is_brought_again(machine: Machine) -> None:
+    home = machine("one")
+    store = make_store(home)
+    rows = add(store, 0, ["a", "b"])
+    paths = [store / name for name in ("recipe.json", "plan/000000.json", "shards/000000/commit.json")]
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"")
+    assert on(machine("one"), store) == store
+    assert reading.read_header(store).rows_per_shard == 4
+    np.testing.assert_array_equal(FeatureStore(store).features[:], rows.features)
+    assert [disk.read_regular(path) for path in paths] == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_store_that_was_removed_and_made_again_is_another_one(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    if known:
+        machine("one")
+    else:
+        monkeypatch.setattr(mirrors, "_SETTLED_SECONDS", 0.0)
+    other = on(machine("two"), store)
+    for key in there(other):
+        the_mirror(other).place.delete(key)
+    shutil.rmtree(other)
+    make_store(other.parents[1])
+    add(other, 0, ["c", "d"])
+    assert FeatureStore(on(machine("one"), store)).ids.tolist() == ["c", "d"]
+
+
+def test_a_document_that_had_other_bytes_in_between_is_brought(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = ObjectPlace.list
+
+    def by_content(place: ObjectPlace, *given: Any) -> Iterator[Entry]:  # as the tags of S3
+        return (entry._replace(etag=place.get(entry.key).hex()) for entry in listed(place, *given))
+
+    monkeypatch.setattr(ObjectPlace, "list", by_content)
+    document = machine("one") / "ds" / "dataset.parquet"
+    replace_file(document, b"first")
+    machine("one")
+    replace_file(document, b"other")
+    replace_file(machine("two") / "ds" / "dataset.parquet", b"first")
+    machine("one")
+    assert document.read_bytes() == b"first"
 
 
 def test_pixels_that_another_machine_decodes_are_committed_there(machine: Machine, images: Path) -> None:
