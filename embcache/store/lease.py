@@ -79,6 +79,13 @@ class Lease:
                     disk.touch_file(self.path)
 
 
+def holder(store: Path, number: int) -> bytes:
+    """What the lease of a shard says of its holder, who may be gone: another text for each; empty without one."""
+    with suppress(OSError, StoreError):
+        return _content(store / "leases" / f"{shard_name(number)}.json") or b""
+    return b""
+
+
 def is_abandoned(path: Path, *, ttl: float = TTL_SECONDS) -> bool:
     """Whether the holder of a lease is gone, as far as can be told without writing: by this machine's clock.
 

@@ -18,6 +18,7 @@ from embcache.extract.engines.engine import OwedShard, OwedShards, OwedStore, Sh
 from embcache.extract.engines.local import Stop, Worker
 from embcache.extract.extract import extract
 from embcache.extract.scan import Plan, Shard
+from embcache.io import replace_file
 from embcache.log import shown
 from embcache.store.commit import ShardRows
 from embcache.store.feature_store import FeatureStore
@@ -74,6 +75,8 @@ class Paper(WorkerPool):
             add(self.store, shard.number, [source.id for source in shard.sources])
         if "lost" in word:
             self.nodes -= "node" in word
+            if "idle" not in word:
+                replace_file(self.store / "leases" / f"{shard.number:06}.json", str(len(self.given)).encode())
             self._answers.append((worker, Lost("the node died")))
         elif word == "held":
             self._answers.append((worker, ShardOutcome((), ())))
@@ -213,6 +216,38 @@ def test_a_shard_that_takes_every_worker_with_it_is_given_up(owed: OwedShards) -
     pool = Paper(owed.stores[0].path, nodes=1, script={number: ["lost"] for number in range(1, 4)})
     with refused(EmbcacheError, "shard-loses-workers"):
         carry_out(pool, owed)
+
+
+def test_workers_that_died_idle_are_not_the_fault_of_a_shard(
+    split: Callable[[Sequence[range]], list[OwedShards]],
+) -> None:
+    owed = split([range(4), range(4, 5)])
+    lost = {worker: ["done", "lost idle with its node"] for worker in (1, 2, 3)}
+    pool = Paper(owed[0].stores[0].path, nodes=4, script={**lost, 4: ["done", "lost", "done"]})
+    assert list(Dispatch(pool, owed, Stop()).run(lambda rows: None)) == owed
+    assert [worker for worker, shard in pool.given if shard == 4][:4] == [1, 2, 3, 4]
+    assert owed[0].stores[0].committed() == (0, 1, 2, 3, 4)
+
+
+def test_workers_that_die_before_they_begin_are_not_replaced_for_ever(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={number: ["lost idle"] for number in range(1, 9)})
+    with refused(EmbcacheError, "shard-loses-workers"):
+        carry_out(pool, owed)
+    assert pool._started == 3
+
+
+def test_that_no_worker_is_ready_is_said_once(owed: OwedShards) -> None:
+    class Busy(Paper):
+        seconds = 0.0
+
+        def wait(self, seconds: float) -> Sequence[tuple[int, Answer]]:
+            self.seconds += 10
+            return super().wait(seconds) if self.seconds > 100 else []
+
+    pool, said = Busy(owed.stores[0].path), list[str]()
+    with shown(said.append):
+        list(Dispatch(pool, [owed], Stop(), clock=lambda: pool.seconds).run(lambda rows: None))
+    assert [line.split(":")[0] for line in said] == ["no worker is ready yet"]
 
 
 def test_a_worker_that_is_refused_leaves_the_work_to_others(owed: OwedShards) -> None:

@@ -19,6 +19,7 @@ from embcache.config import EngineConfig, ExtractConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.data.partitioned import PartitionedDataset, load_partitioned
 from embcache.errors import EmbcacheError, RecipeError
+from embcache.extract.engines.dispatch import Lost
 from embcache.extract.engines.engine import OwedShards, ShardOutcome
 from embcache.extract.extract import Extraction, extract
 from embcache.log import shown
@@ -183,6 +184,23 @@ def test_the_cells_of_a_study_are_spread_and_fail_one_by_one(
 def test_a_worker_that_no_node_has_room_for(cluster: Any, dataset: ImageDataset, home: Path) -> None:
     with refused(EmbcacheError, "ray-no-room"):
         run(dataset, home, engine="ray", address=cluster.address, cpus_per_worker=3)
+
+
+def test_an_answer_that_is_lost_with_its_node_is_asked_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ObjectLostError, ObjectReconstructionFailedError
+
+    from embcache.extract.engines.ray_cluster import RayPool
+
+    def lost(reference: object) -> None:
+        raise ObjectLostError("00", None, "stack")
+
+    assert issubclass(ObjectReconstructionFailedError, ObjectLostError)
+    pool, reference = RayPool.__new__(RayPool), object()
+    pool._pending = {reference: 3}
+    monkeypatch.setattr(ray, "wait", lambda pending, timeout: (pending, []))
+    monkeypatch.setattr(ray, "get", lost)
+    ((worker, answer),) = pool.wait(0)
+    assert (worker, type(answer)) == (3, Lost)
 
 
 def test_a_task_that_no_node_has_room_for(cluster: Any, toy: ImageDataset) -> None:

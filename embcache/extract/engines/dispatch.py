@@ -18,11 +18,14 @@ from embcache.extract.engines.local import Stop
 from embcache.extract.scan import Shard
 from embcache.log import log
 from embcache.store.commit import is_committed
+from embcache.store.lease import holder
 
 # How long a shard that another process is computing is left alone.
 _POLL_SECONDS = 1.0
 # A shard that took so many workers with it, by the memory that it needs perhaps, is not handed out again.
 _MOST_LOSSES = 3
+# After which a user is told that no worker is ready: Ray itself says nothing.
+_UNREADY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class _Task:
     key: tuple[Shard, int]
     stores: list[int]
     losses: int = 0  # of workers that were computing it
+    holder: bytes = b""  # the last of them
 
 
 class Dispatch:
@@ -89,10 +93,12 @@ class Dispatch:
         self._look_again = 0.0  # when to ask for them once more
         self._opening: set[int] = set()
         self._ready: dict[int, str] = {}  # where each worker is
+        self._proven: set[int] = set()  # workers that have answered for a shard
         self._busy: dict[int, tuple[_Task, OwedShard]] = {}
         self._failed: list[EmbcacheError | str] = []  # of workers that never were ready, or were lost
         self._unready = 0  # workers that never were: they are not replaced
         self._losses = 0
+        self._unready_since: float | None = clock()  # None once a worker was ready, or the user was told
         self._last = True  # whether nothing follows what was planned last
 
     def run(self, on_rows: OnRows) -> Iterator[OwedShards]:
@@ -118,6 +124,9 @@ class Dispatch:
                         self._pool.give(worker, self._busy[worker][1])
             for worker, answer in self._pool.wait(_POLL_SECONDS / 4):
                 yield from self._settle(worker, answer, on_rows)
+            if self._unready_since is not None and self._clock() > self._unready_since + _UNREADY_SECONDS:
+                self._unready_since = None
+                log.warning("no worker is ready yet: they load their networks, or wait for cores that others use")
 
     def _take_more(self) -> None:
         """Once everything has gone out, plan what is owed next while the last shards are computed."""
@@ -164,16 +173,17 @@ class Dispatch:
     ) -> Iterator[OwedShards]:
         if isinstance(answer, Ready):
             self._opening.discard(worker)
-            self._ready[worker] = answer.where
+            self._ready[worker], self._unready_since = answer.where, None
             return
         task, shard = self._busy.pop(worker, (None, None))
         if isinstance(answer, ShardOutcome):
             outcome, lost = answer, False
+            self._proven.add(worker)
         else:
             if isinstance(answer, EmbcacheError) and task is not None:
                 raise answer
             where, lost = self._let_go(worker, answer), True
-            outcome = self._look(task, shard, answer, where) if task and shard else ShardOutcome((), ())
+            outcome = self._look(worker, task, shard, answer, where) if task and shard else ShardOutcome((), ())
         if task is None or shard is None:
             return
         task.stores = [index for index in task.stores if index not in outcome.settled]
@@ -199,7 +209,9 @@ class Dispatch:
                 log.warning(f"a worker could not begin: {_line(answer)}")
         return where
 
-    def _look(self, task: _Task, shard: OwedShard, answer: Lost | EmbcacheError, where: str) -> ShardOutcome:
+    def _look(
+        self, worker: int, task: _Task, shard: OwedShard, answer: Lost | EmbcacheError, where: str
+    ) -> ShardOutcome:
         """What a worker that was lost has committed of its shard."""
         stores = task.owner.stores
         committed = tuple(i for i in shard.stores if is_committed(stores[i].path, shard.number))
@@ -208,7 +220,10 @@ class Dispatch:
         log.warning(
             f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; workers left: {len(self._ready)}"
         )
-        task.losses, self._losses = task.losses + 1, self._losses + 1
+        before, task.holder = task.holder, holder(stores[shard.stores[0]].path, shard.number)
+        # One that worked before and has no lease died while it waited for work: this shard is not the cause.
+        task.losses += worker not in self._proven or task.holder not in (b"", before)
+        self._losses += 1
         if again and task.losses >= _MOST_LOSSES:
             raise EmbcacheError(
                 f"{_MOST_LOSSES} workers were lost while they computed shard {shard.number}",

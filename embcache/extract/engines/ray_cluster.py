@@ -1,7 +1,7 @@
 """Ray: one actor per device, on the nodes of a cluster; imported only where Ray is named as the engine.
 
 Actors are not restarted and their calls are not repeated by Ray: the driver asks the store what a lost actor has
-committed. An actor has no arguments of its own; a job and its shards are small and travel beside the object store.
+committed. An actor has no arguments of its own, which Ray would need to restart it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ try:
     import ray._private.worker
     from ray.exceptions import (
         NodeDiedError,
+        ObjectLostError,
         OutOfMemoryError,
         RayActorError,
         RayError,
@@ -46,7 +47,8 @@ except ImportError as error:
         "Ray is not installed", code="no-ray", fix="pip install 'embcache[ray]', or --engine local"
     ) from error
 
-_LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+# An answer of more than 100 kB, as for a shard of 4,096 rows, stays with its node until it is asked for.
+_LOST = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 _OBJECT_STORE = 100 << 20  # bytes; no features travel through it
 _PATIENCE_SECONDS = 20.0
 
