@@ -159,7 +159,10 @@ def writing(where: Path) -> Iterator[None]:
         raise StoreError(
             "the feature store cannot be written", code="store-not-written", found=error.strerror or str(error),
             where=error.filename or where,
-            fix=_FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
+            fix=(
+                _FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
+                *["another --cache-dir FOLDER"] * (mirror_of(where) is not None),
+            ),
         ) from error  # fmt: skip
 
 

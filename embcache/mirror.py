@@ -32,12 +32,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from embcache import io as disk
-from embcache.errors import CorruptStoreError, StoreError, UsageError
+from embcache.errors import CorruptStoreError, StoreError
 from embcache.log import log
-from embcache.places import ENDPOINTS, Entry, Place, as_url, check_key, is_url, open_place, probe, refuse_url
+from embcache.places import (  # fmt: skip
+    ENDPOINTS,
+    Entry,
+    Place,
+    as_url,
+    cache_bytes,
+    cache_dir,
+    check_key,
+    is_url,
+    open_place,
+    probe,
+    refuse_url,
+)
 from embcache.sealed import crc32c, seal, unseal
 
 MARK = ".place"  # file of a mirror: its URL
@@ -46,7 +58,7 @@ _RUN = re.compile(r"(?P<dataset>[^/]+)/runs/(?P<name>[^/.][^/]*)/(?P<file>.+)")
 _LEASE = re.compile(r"[^/]+/[^/]+/leases/[^/]+")
 # Of this machine alone: checkpoints, drawings, states of files, and what is begun and not finished.
 _OWN = re.compile(
-    r"(weights|sample-images)/.*|(.*/)?\..*|.*scan\.parquet"
+    r"(weights|sample-images)(/.*)?|(.*/)?\..*|.*scan\.parquet"
     r"|[^/]+/(networks\.json|figures/.*|[^/]+/(staging|view\.zarr)/.*)"
 )
 # What belongs to one shard, or some, and is brought when it is needed: there may be very many. By key, and by path.
@@ -63,26 +75,6 @@ _FRESH_SECONDS, _CURRENT_SECONDS = 2.0, 60.0  # for which a store, and a home, a
 _SETTLED_SECONDS = 60.0  # a younger file may be one that was written since the place was listed
 _USED_SECONDS = 60.0  # for which what was brought stays, however full the cache is: it is about to be read
 _GIVEN_UP_SECONDS = 86_400.0  # after which no process still writes an attempt at a run
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
-
-
-def cache_dir() -> Path:
-    """Folder of all mirrors: ``$EMBCACHE_CACHE_DIR``, else ``~/.cache/embcache-places``."""
-    folder = os.environ.get("EMBCACHE_CACHE_DIR") or Path.home() / ".cache" / "embcache-places"
-    refuse_url(folder, "a folder of this machine")
-    return Path(folder).expanduser()
-
-
-def cache_bytes() -> int:
-    """Bytes of features that a mirror keeps: ``$EMBCACHE_CACHE_SIZE`` (``200GB``), else 100 GB."""
-    text = os.environ.get("EMBCACHE_CACHE_SIZE") or "100GB"
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(
-            "the size of the cache cannot be read", code="cache-size", expected="a number of bytes such as 200GB",
-            found=text, where="--cache-size, EMBCACHE_CACHE_SIZE", fix="--cache-size 200GB",
-        )  # fmt: skip
-    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
 
 
 class Mirror:
@@ -91,6 +83,7 @@ class Mirror:
     def __init__(self, root: Path, place: Place) -> None:
         self.root, self.place = root, place
         self._refreshed: dict[Path | None, float] = {}  # when documents were last compared with those of the place
+        self._marked = -1.0  # when `MARK` was written, as of then: another one where all copies were deleted meanwhile
         self._plans: dict[Path, set[int]] = {}  # numbers of plans by store, as of then
         self._held: int | None = None  # bytes of features here
         self._lock = threading.Lock()  # of `_held`
@@ -289,13 +282,16 @@ class Mirror:
         Not within a moment, unless ``again``. Plans are listed only, and brought when they are read. With ``whole`` a
         store's documents are brought although they are here and never change, and those go that are not there.
         """
+        if self._marked != (marked := _state(self.root / MARK)[1]):
+            self._marked = marked
+            self._refreshed.clear()
         age = time.monotonic() - self._refreshed.get(folder, -1e9)
         if not (whole or again) and age < (_FRESH_SECONDS if folder else _CURRENT_SECONDS):
             return
         from filelock import FileLock, Timeout  # which imports asyncio
 
         # One process of a machine at a time: of two, the one that read older bytes could be the last to write them.
-        disk.make_folder(self.root)  # it may have been deleted
+        self.mark()
         lock = FileLock(self.root / ".refresh.lock")
         with suppress(Timeout):  # a long listing of another process is not waited for for ever
             lock.acquire(timeout=_SETTLED_SECONDS)
@@ -304,6 +300,13 @@ class Mirror:
         finally:
             lock.release()
         self._refreshed[folder] = time.monotonic()
+
+    def mark(self) -> None:
+        """Say in the folder what it is a copy of."""
+        if not (self.root / MARK).exists():
+            disk.attach(self.root, self)
+            disk.cache_file(self.root / MARK, self.place.url.encode())
+            self._marked = _state(self.root / MARK)[1]
 
     def _refresh(self, folder: Path | None, whole: bool) -> None:
         started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), dict[Path, int]()
@@ -317,19 +320,19 @@ class Mirror:
             manifests += [path] if kind == "manifests" else []
             # Not by its bytes alone, of which the tag is: they may have been others in between.
             before, now = known.get(str(path), ""), "" if kind else f"{entry.etag} {entry.modified}"
-            learned[str(path)], here = now, _state(path)
-            stale = here.size != entry.size or (before != now and not self._created_once(path))
-            newer = before != now if before else entry.modified > here.modified + _SETTLED_SECONDS
-            if folder is None and path.name == "recipe.json" and here.size >= 0 and newer:
+            learned[str(path)], (size, made) = now, _state(path)
+            stale = size != entry.size or (before != now and not self._created_once(path))
+            newer = before != now if before else entry.modified > made + _SETTLED_SECONDS
+            if folder is None and path.name == "recipe.json" and size >= 0 and newer:
                 stale = self._remove_copies(path.parent)
             if whole or (stale and (not kind or path.name == _COMMIT)):
                 wanted[path] = entry.size
-            elif stale and here.size >= 0:  # cut when power was lost: brought when it is read
+            elif stale and size >= 0:  # cut when power was lost: brought when it is read
                 disk.remove(path)
         if not whole:
             self._unfold(manifests)
         # What was unfolded is here by now.
-        self._bring([p for p, size in wanted.items() if whole or not self._is_many(p) or _state(p).size != size])
+        self._bring([p for p, size in wanted.items() if whole or not self._is_many(p) or _state(p)[0] != size])
         if folder is not None:
             self._plans[folder] = plans
             for path in [*folder.glob("plan/*.json"), *folder.glob(f"shards/*/{_COMMIT}")] if whole else ():
@@ -517,18 +520,12 @@ class Mirror:
                 self._held -= size
 
 
-class _Copy(NamedTuple):
-    """A file of this machine; of none the size is -1."""
-
-    size: int
-    modified: float
-
-
-def _state(path: Path) -> _Copy:
+def _state(path: Path) -> tuple[int, float]:
+    """Size and time of a file of this machine; of none the size is -1."""
     with suppress(FileNotFoundError, NotADirectoryError):
         state = path.lstat()
-        return _Copy(state.st_size, state.st_mtime)
-    return _Copy(-1, 0.0)
+        return state.st_size, state.st_mtime
+    return -1, 0.0
 
 
 def _is_run(folder: Path) -> bool:
@@ -580,22 +577,8 @@ def open_mirror(url: str) -> Mirror:
     mirror = Mirror(root, open_place(url))
     with disk.writing(root):
         disk.attach(root, mirror)
-    disk.cache_file(root / MARK, url.encode())
+        mirror.mark()
     return mirror
-
-
-def bring_file(url: disk.PathLike) -> Path:
-    """A file of an object store, copied here; copied anew where the object is another one."""
-    folder, _, name = as_url(url).rpartition("/")
-    place = open_place(folder)
-    entry = next((each for each in place.list(after=name[:-1]) if each.key >= name), None)
-    if entry is None or entry.key != name:
-        raise UsageError("there is no such object", code="object-not-found", where=as_url(url), fix="check the address")
-    digits = hashlib.sha256(f"{folder}\0{entry.etag}\0{entry.size}".encode()).hexdigest()[:16]
-    path = cache_dir() / "files" / digits / name
-    if not path.exists():
-        disk.cache_file(path, place.get(name))
-    return path
 
 
 def home_of(home: disk.PathLike) -> Path:

@@ -11,6 +11,7 @@ Credentials come from the provider chain of the system alone: environment, insta
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -40,6 +41,7 @@ _CHECKSUM = "crc32c"  # of the metadata that every object of ours has
 _PAUSES = (0.1, 0.3, 1.0, 3.0, 5.0)
 _RACERS = 4
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|M|G|T)B?", re.IGNORECASE)
 _STAGED = re.compile(r"-[0-9a-f]{16}(\.gone)?$")  # how names end of what is written and not yet in place
 
 _T = TypeVar("_T")
@@ -318,6 +320,25 @@ def _public(url: str) -> str:
     return re.sub(r"[?#].*", "?…", re.sub("//.*@", "//…@", url), flags=re.DOTALL)
 
 
+def cache_dir() -> Path:
+    """Folder of all mirrors: ``$EMBCACHE_CACHE_DIR``, else ``~/.cache/embcache-places``."""
+    folder = os.environ.get("EMBCACHE_CACHE_DIR") or Path.home() / ".cache" / "embcache-places"
+    refuse_url(folder, "a folder of this machine")
+    return Path(folder).expanduser()
+
+
+def cache_bytes() -> int:
+    """Bytes of features that a mirror keeps: ``$EMBCACHE_CACHE_SIZE`` (``200GB``), else 100 GB."""
+    text = os.environ.get("EMBCACHE_CACHE_SIZE") or "100GB"
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            "the size of the cache cannot be read", code="cache-size", expected="a number of bytes such as 200GB",
+            found=text, where="--cache-size, EMBCACHE_CACHE_SIZE", fix="--cache-size 200GB",
+        )  # fmt: skip
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
+
+
 def split_url(url: str, *, whole: bool = False) -> tuple[str, str]:
     """The bucket of a URL, ``s3://bucket``, and the key, which a ``whole`` bucket may lack; `UsageError` for others."""
     scheme, _, rest = url.partition("://")
@@ -383,6 +404,20 @@ def open_place(url: str) -> Place:
             found=_first_line(error), where=url, expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX",
             fix=f"check the variables of this shell: {names}" if names else "check the address",
         ) from error  # fmt: skip
+
+
+def bring_file(url: disk.PathLike) -> Path:
+    """A file of an object store, copied here; copied anew where the object is another one."""
+    folder, _, name = as_url(url).rpartition("/")
+    place = open_place(folder)
+    entry = next((each for each in place.list(after=name[:-1]) if each.key >= name), None)
+    if entry is None or entry.key != name:
+        raise UsageError("there is no such object", code="object-not-found", where=as_url(url), fix="check the address")
+    digits = hashlib.sha256(f"{folder}\0{entry.etag}\0{entry.size}".encode()).hexdigest()[:16]
+    path = cache_dir() / "files" / digits / name
+    if not path.exists():
+        disk.cache_file(path, place.get(name))
+    return path
 
 
 def _client() -> dict[str, Any]:

@@ -28,9 +28,8 @@ from embcache.backbones.weights import (
 )
 from embcache.errors import EmbcacheError, UsageError, WeightsError
 from embcache.fields import bare_name
-from embcache.mirror import bring_file
 from embcache.paths import PathLike, weights_dir
-from embcache.places import as_url, is_url
+from embcache.places import as_url, bring_file, is_url
 from embcache.registry import Registry
 
 if TYPE_CHECKING:

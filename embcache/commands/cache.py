@@ -589,7 +589,8 @@ def _device(device: Mapping[str, Any]) -> str:
 def _place(place: Mapping[str, Any]) -> str:
     there = "there" if place["there"] else "not there yet"
     writable = "" if place["writable"] else ", CANNOT BE WRITTEN"
-    return f"{place['path']} ({there}{writable}, {size_words(place['free_bytes'])} free)"
+    copies = "its copies are " if "://" in place["path"] else ""
+    return f"{place['path']} ({copies}{there}{writable}, {size_words(place['free_bytes'])} free)"
 
 
 def _store_state(row: Mapping[str, Any]) -> str:

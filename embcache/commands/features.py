@@ -112,7 +112,7 @@ def extract(
         Answer(answers, lambda: None).give(json, home)
         rest = [f"{left:,} images of {found.name}"] if left else []
         rest += [f"the images of {', '.join(others)}"] if others else []
-        _echo_how_to_continue(f"stopped after the current shard, which is committed; {' and '.join(rest)} are left")
+        _echo_how_to_continue(f"stopped; what is committed stays, and {' and '.join(rest)} are left")
         raise SystemExit(exit_status(stop.signal))
     following = list[str]()
     if done and isinstance(found, ImageDataset) and not any(extraction.left for extraction in done):

@@ -18,7 +18,8 @@ from embcache.commands.output import echo, may_guide, table_style, write_json
 from embcache.config import RECIPE, DatasetRef
 from embcache.errors import UsageError, with_home
 from embcache.fields import Config, flag_of, option_of, split_list
-from embcache.mirror import cache_bytes, shown_home
+from embcache.mirror import shown_home
+from embcache.places import cache_bytes
 
 if TYPE_CHECKING:
     from embcache.data.dataset import ImageDataset

@@ -13,8 +13,9 @@ from embcache.commands.options import Skip, check_named, command
 from embcache.commands.output import echo
 from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
 from embcache.errors import UsageError
-from embcache.mirror import cache_bytes, cache_dir
+from embcache.fields import parse_weights
 from embcache.paths import portable_home
+from embcache.places import as_url, cache_bytes, cache_dir, is_url, refuse_url
 
 _ARRAY = """\
 # Each job computes its own shards; all write into one home, on a disk that they share or in an object store.
@@ -96,9 +97,21 @@ def batch_script(
     if ray:
         cores = config.cpus_per_worker or max(1, slurm.cpus // max(slurm.gpus, 1))
         gpus = 1.0 if slurm.gpus and config.gpus_per_worker is None else config.gpus_per_worker
+        if cores > slurm.cpus or (gpus or 0) > slurm.gpus:
+            raise UsageError(
+                "no node would have room for a worker", code="slurm-room",
+                found=f"{cores} cores and {gpus or 0:g} GPUs per worker",
+                expected=f"at most --cpus {slurm.cpus} and --gpus {slurm.gpus}",
+            )  # fmt: skip
         config = replace(config, cpus_per_worker=cores, gpus_per_worker=gpus)
+    elif slurm.gpus > 1 and config.device == "auto":
+        config = replace(config, device=",".join(f"cuda:{number}" for number in range(slurm.gpus)))
     if ref.data_root is not None:
+        refuse_url(ref.data_root, "a folder or a table on a disk; its column of paths may have addresses of images")
         ref = replace(ref, data_root=ref.data_root.expanduser().absolute())
+    weights = parse_weights(config.weights, backbones).items()
+    full = [f"{name}={as_url(file) if is_url(file) else file.expanduser().absolute()}" for name, file in weights]
+    config = replace(config, weights=tuple(full))
     words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]
     words += ["--dataset", dataset, *ref.words(), *config.words()]
     words += ["--home", portable_home(home)]

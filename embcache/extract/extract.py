@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +39,7 @@ from embcache.data.files import file_state
 from embcache.data.images import DECODER_VERSION, image_refs
 from embcache.data.partitioned import PartitionedDataset
 from embcache.errors import DatasetError, EmbcacheError
-from embcache.extract.engines.devices import Crew, DevicesEngine, configs_of_others, split_devices
+from embcache.extract.engines.devices import Crew, DevicesEngine, configs_of_others, ray_connection, split_devices
 from embcache.extract.engines.engine import Engine, OwedShards, OwedStore, in_part
 from embcache.extract.engines.local import LocalEngine, Stop
 from embcache.extract.quarantine import Quarantine, unusable
@@ -228,7 +228,9 @@ class _Run:
             models = _models(self._backbones, dataset, files, config, home)
             owed = _complete_stores(models, dataset, files, config)
             if not owed:
-                owed = [_open_store(each, dataset, files, config, home, pool) for each in self._open(dataset, files)]
+                networks = self._open(dataset, files)
+                self._closing.enter_context(ray_connection(config))
+                owed = [_open_store(each, dataset, files, config, home, pool) for each in networks]
                 _remember(models, self._networks, dataset, files.folder, home, began)
         if dataset.part is None:  # partitions are kept when they are made
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
@@ -238,7 +240,6 @@ class _Run:
             self._stop.complete = shards.last and not self._begun
             self._add(dataset, owed, shards, 0)
             return None
-        self._closing.enter_context(ray_connection(config))
         learning = self._closing.enter_context(ExitStack())
         learning.enter_context(files.learning())
         if config.stage:
@@ -337,15 +338,6 @@ class _Run:
         return [replace(one, left=one.left + rest, undone=one.undone + rest, seconds=seconds) for one in self._done]
 
 
-def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
-    """A connection to the Ray cluster of a config for as long as a ``with`` block runs; none where Ray is not named."""
-    if config.engine != "ray":
-        return nullcontext()
-    from embcache.extract.engines.ray_cluster import connected
-
-    return connected(config)
-
-
 def _open_store(
     network: FrozenNetwork,
     dataset: ImageDataset,
@@ -364,8 +356,13 @@ def _open_store(
 
     # Workers of a cluster may have GPUs where this process has none.
     recipe, device = make_recipe(network), "cuda" if config.gpus_per_worker else network.device.type
+    threads = config.cpus_per_worker or torch.get_num_threads()
     path = store_path(files.folder, recipe)
     usual = read_header(path).runtime if path.is_dir() else None
+    if usual is None and config.engine == "ray":  # before their number is recorded
+        from embcache.extract.engines.ray_cluster import check_room
+
+        check_room(threads, config.gpus_per_worker or 0)
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
     runtime = usual if requested == "auto" else None
     runtime = runtime or choose_runtime(requested, device, network.precision, dataset.total)
@@ -379,7 +376,7 @@ def _open_store(
         files.folder, recipe, format=config.format, canaries=canaries, row_shape=network.row_shape,
         rows_per_shard=config.rows_per_shard or usual_rows,
         batch_size=config.batch_size or BATCH_SIZES.get(device, 64), runtime=runtime,
-        threads=config.cpus_per_worker or torch.get_num_threads(),
+        threads=threads,
         provenance={
             "weights": network.backbone.weights_source, **environment(network), **runtime_version(runtime),
             **({"checkpoint": network.backbone.given} if network.backbone.given else {}),

@@ -12,7 +12,8 @@ from embcache.backbones.catalog import load_backbone
 from embcache.config import DatasetRef, EngineConfig, ExtractConfig, ProbeConfig, StudyConfig
 from embcache.data.dataset import ImageDataset, load_dataset
 from embcache.errors import EmbcacheError, UsageError
-from embcache.extract.extract import extract, ray_connection
+from embcache.extract.engines.devices import ray_connection
+from embcache.extract.extract import extract
 from embcache.fields import Config, parse_weights
 from embcache.figures.maps import embed_map
 from embcache.figures.plots import Map, plot_curves, plot_maps

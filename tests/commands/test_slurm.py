@@ -157,6 +157,36 @@ def test_a_value_that_would_change_the_script_is_refused(value: str) -> None:
         SlurmConfig(partition=value)
 
 
+def test_what_no_node_has_room_for_is_refused() -> None:
+    for asked, options in (
+        (SlurmConfig(cpus=4), {"cpus_per_worker": 16}),
+        (SlurmConfig(cpus=4, gpus=1), {"gpus_per_worker": 4.0}),
+    ):
+        config = ExtractConfig.make(options={"engine": "ray", **options})
+        with refused(UsageError, "slurm-room"):
+            batch_script(["dino"], "nih", DatasetRef(), config, asked, Path("/scratch/home"))
+
+
+def test_every_gpu_of_a_job_is_used() -> None:
+    asked, home = SlurmConfig(gpus=2), Path("/scratch/home")
+    text = batch_script(["dino"], "nih", DatasetRef(), ExtractConfig(), asked, home)
+    assert " --device cuda:0,cuda:1 " in text
+    text = batch_script(["dino"], "nih", DatasetRef(), ExtractConfig(device="cuda:1"), asked, home)
+    assert " --device cuda:1 " in text
+
+
+def test_files_are_named_from_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given in ("own=w.pth", "s3://lab/w.pth"):
+        config, ref = ExtractConfig(weights=(given,)), DatasetRef(data_root=Path("images"))
+        text = batch_script(["own"], "folder", ref, config, SlurmConfig(), tmp_path)
+        file = "s3://lab/w.pth" if "s3" in given else tmp_path / "w.pth"
+        assert f" --data-root {tmp_path}/images --weights own={file} " in text
+    with refused(UsageError, "place-address"):
+        ref = DatasetRef(data_root=Path("s3://lab/t.csv"))
+        batch_script(["own"], "folder", ref, ExtractConfig(), SlurmConfig(), tmp_path)
+
+
 def test_time_and_memory_are_as_sbatch_reads_them() -> None:
     for time in ("90", "90:00", "04:00:00", "1-12", "1-12:30", "1-12:30:00"):
         SlurmConfig(time=time, memory="64G")

@@ -306,6 +306,7 @@ def test_unusable_images_of_partitions_that_are_open_at_once_end_the_run(
     for name in ("002", "040"):
         (root / f"{name}.png").write_bytes(b"no image")
     monkeypatch.setattr(extracting, "ray_connection", lambda config: nullcontext())
+    monkeypatch.setattr("embcache.extract.engines.ray_cluster.check_room", lambda threads, gpus: 1)
     monkeypatch.setattr(extracting._Run, "_engine", lambda run, label, *_: Eager(label))
     with refused(DatasetError, "too-many-bad-images") as caught:
         go(load(root), max_bad=1, engine="ray")

@@ -184,6 +184,7 @@ def test_the_cells_of_a_study_are_spread_and_fail_one_by_one(
 def test_a_worker_that_no_node_has_room_for(cluster: Any, dataset: ImageDataset, home: Path) -> None:
     with refused(EmbcacheError, "ray-no-room"):
         run(dataset, home, engine="ray", address=cluster.address, cpus_per_worker=3)
+    assert not list(home.glob("*/*/recipe.json"))  # which would say that there are three threads
 
 
 def test_an_answer_that_is_lost_with_its_node_is_asked_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from embcache.maintain.repair import Rebuild, repair_store
 from embcache.maintain.verify import verify_store
 from embcache.mirror import Mirror, open_mirror
 from embcache.paths import addressed, home_dir, home_text, slug
-from embcache.places import Entry, ObjectPlace, open_place
+from embcache.places import Entry, ObjectPlace, bring_file, cache_bytes, open_place
 from embcache.probe.probe import probe_features
 from embcache.runs.folders import find_run, list_results, load_heads, replace_result, runs_dir
 from embcache.sealed import seal
@@ -289,7 +289,7 @@ def test_the_oldest_copies_go_where_the_cache_is_full(machine: Machine, monkeypa
     assert kept < 90_000
     monkeypatch.setenv("EMBCACHE_CACHE_SIZE", "plenty")
     with refused(UsageError, "cache-size"):
-        mirrors.cache_bytes()
+        cache_bytes()
 
 
 def test_the_view_is_a_reference_file(machine: Machine) -> None:
@@ -407,9 +407,9 @@ def test_a_checkpoint_is_read_from_its_address_by_its_digest(machine: Machine) -
     loaded = load_backbone("supervised", weights="memory://models/net.safetensors")
     assert loaded.weights_sha256 == hashlib.sha256(data).hexdigest()
     assert loaded.given == "memory://models/net.safetensors"
-    first = mirrors.bring_file("memory://models/net.safetensors")
+    first = bring_file("memory://models/net.safetensors")
     place.put("net.safetensors", data[:-1])
-    assert mirrors.bring_file("memory://models/net.safetensors") != first
+    assert bring_file("memory://models/net.safetensors") != first
     with refused(UsageError, "object-not-found"):
         load_backbone("supervised", weights=Path("memory://models/none.pth"))
 
@@ -604,6 +604,30 @@ def test_a_home_whose_copies_are_deleted_meanwhile_goes_on(machine: Machine) -> 
     add(store, 1, ["c"])
     np.testing.assert_array_equal(FeatureStore(store).features[:2], rows.features)
     assert FeatureStore(store).ids.tolist() == ["a", "b", "c"]
+
+
+def test_all_commits_are_there_at_once_after_the_copies_were_deleted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "_FRESH_SECONDS", 1000.0)
+    home = machine("one")
+    store = make_store(home)
+    for number in range(3):
+        add(store, number, [f"{number}"])
+    assert FeatureStore(store).committed() == (0, 1, 2)
+    shutil.rmtree(home)
+    add(store, 3, ["3"])  # makes the folders again
+    assert FeatureStore(store).committed() == (0, 1, 2, 3)
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert home_dir(home) == home  # also to another process
+
+
+def test_gc_counts_superseded_rows_that_stay(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    add(store, 1, ["a"])
+    assert collect(store).superseded == 1
+    assert FeatureStore(store).committed() == (0, 1)
 
 
 def test_addresses_stand_for_documents_in_what_is_shown(machine: Machine) -> None:

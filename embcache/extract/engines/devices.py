@@ -13,12 +13,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
 
 from embcache.backbones.catalog import Backbone
-from embcache.config import ExtractConfig
+from embcache.config import EngineConfig, ExtractConfig
 from embcache.data.dataset import ImageDataset
 from embcache.errors import UsageError
 from embcache.extract.engines.engine import Engine, OwedShards, ShardJob
@@ -27,6 +27,15 @@ from embcache.log import log
 from embcache.paths import PathLike, portable_home
 
 COMMAND = (sys.executable, "-m", "embcache.extract.extract")
+
+
+def ray_connection(config: EngineConfig) -> AbstractContextManager[object]:
+    """A connection to the Ray cluster of a config for as long as a ``with`` block runs; none where Ray is not named."""
+    if config.engine != "ray":
+        return nullcontext()
+    from embcache.extract.engines.ray_cluster import connected
+
+    return connected(config)
 
 
 def split_devices(device: str) -> list[str]:

@@ -21,13 +21,15 @@ from embcache.cores import is_shortage, out_of_memory
 from embcache.data.budget import Decoding
 from embcache.extract.engines.engine import Engine, OnRows, OwedShard, OwedShards, ShardJob, ShardOutcome
 from embcache.extract.quarantine import LEFT
+from embcache.io import mirror_of
 from embcache.log import log
 from embcache.store.commit import ShardRows, commit_shard, is_committed
 from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
-# How long to wait before looking again at shards that another process is computing.
-_POLL_SECONDS = 1.0
+# How long to wait before looking again at shards that another process is computing: on a disk, and at most in an object
+# store, where each look at a lease is some five requests.
+_POLL_SECONDS, _MOST_POLL_SECONDS = 1.0, 30.0
 
 
 class Stop:
@@ -188,6 +190,7 @@ class LocalEngine(Engine):
                 yield shards
 
     def _run(self, shards: OwedShards, worker: Worker, on_rows: OnRows) -> None:
+        pause, shared = _POLL_SECONDS, mirror_of(shards.stores[0].path) is not None
         stop, waiting = self._stop, {key: list(sharing) for key, sharing in shards.waiting.items()}
         while waiting and not stop.requested:
             progress = False
@@ -207,7 +210,8 @@ class LocalEngine(Engine):
                     stop.busy = False
                 progress |= bool(outcome.settled)
             if waiting and not progress:
-                stop.wait(_POLL_SECONDS)
+                stop.wait(pause)
+            pause = min(2 * pause, _MOST_POLL_SECONDS) if shared and not progress else _POLL_SECONDS
 
 
 def progress_bar(label: str) -> tqdm[Any]:

@@ -256,7 +256,7 @@ def _room(threads: int, gpus: float) -> int:
     )
 
 
-def _check_room(threads: int, gpus: float) -> int:
+def check_room(threads: int, gpus: float) -> int:
     """The room, where there is any: Ray itself would wait for it without a word."""
     if room := _room(threads, gpus):
         return room
@@ -282,10 +282,14 @@ def spread(
 
     threads, gpus = config.cpus_per_worker or torch.get_num_threads(), config.gpus_per_worker or 0
     task: Any = ray.remote(_call).options(num_cpus=threads, num_gpus=gpus, scheduling_strategy="SPREAD")
+    check_room(threads, gpus)
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    if free.get("CPU", 0) < threads:  # Ray itself would wait without a word
+        log.warning("no node has cores to spare: the tasks wait for what else runs on the cluster")
     common = ray.put(pickle.dumps(shared))  # bytes: arrays that Ray shares cannot be written to
     waiting, pending, surroundings = deque(range(len(calls))), dict[Any, int](), Surroundings()
     while waiting or pending:
-        _check_room(threads, gpus)
+        check_room(threads, gpus)
         while waiting and len(pending) < (config.num_workers or len(calls)):
             number = waiting.popleft()
             pending[task.remote(calls[number], common, threads, surroundings)] = number
@@ -335,7 +339,7 @@ class RayEngine(Engine):
         """
         gpus = self._config.gpus_per_worker or 0
         pool = RayPool(job, self._threads, gpus)
-        room, wanted = _check_room(self._threads, gpus), self._config.num_workers
+        room, wanted = check_room(self._threads, gpus), self._config.num_workers
         n = min(wanted or room, room)
         log.info(f"Ray: room for {n} worker{'s' * (n > 1)}; cores of each {self._threads}, GPUs {gpus:g}")
         self._stop.others = True  # a first signal lets them commit
