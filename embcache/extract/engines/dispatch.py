@@ -24,7 +24,7 @@ from embcache.store.lease import holder
 _POLL_SECONDS = 1.0
 # A shard that took so many workers with it, by the memory that it needs perhaps, is not handed out again.
 _MOST_LOSSES = 3
-# After which a user is told that no worker is ready: Ray itself says nothing.
+# After which a warning says that no worker is ready: Ray itself prints nothing.
 _UNREADY_SECONDS = 30.0
 
 
@@ -98,7 +98,7 @@ class Dispatch:
         self._failed: list[EmbcacheError | str] = []  # of workers that never were ready, or were lost
         self._unready = 0  # workers that never were: they are not replaced
         self._losses = 0
-        self._unready_since: float | None = clock()  # None once a worker was ready, or the user was told
+        self._unready_since: float | None = clock()  # None once one was ready, or the warning was printed
         self._last = True  # whether nothing follows what was planned last
 
     def run(self, on_rows: OnRows) -> Iterator[OwedShards]:

@@ -47,7 +47,7 @@ except ImportError as error:
         "Ray is not installed", code="no-ray", fix="pip install 'embcache[ray]', or --engine local"
     ) from error
 
-# An answer of more than 100 kB, as for a shard of 4,096 rows, stays with its node until it is asked for.
+# An answer of more than 100 kB, that of 4,096 rows, stays with its node until it is asked for.
 _LOST = (WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError)
 _OBJECT_STORE = 100 << 20  # bytes; no features travel through it
 _PATIENCE_SECONDS = 20.0
