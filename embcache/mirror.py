@@ -328,7 +328,8 @@ class Mirror:
             if whole or (stale and (not kind or path.name == _COMMIT)):
                 wanted[path] = entry.size
             elif stale and size >= 0:  # cut when power was lost: brought when it is read
-                disk.remove(path)
+                with suppress(FileNotFoundError):
+                    disk.remove(path)
         if not whole:
             self._unfold(manifests)
         # What was unfolded is here by now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import shutil
@@ -323,6 +324,22 @@ def test_a_view_shows_what_was_committed_while_it_was_written(
     monkeypatch.setattr(commit, "_references", late)
     write_view(store)
     assert "features/c/1/0" in json.loads(disk.read_regular(store / "view.refs.json"))["refs"]
+
+
+def test_a_view_does_not_wait_for_machines_that_go_on_to_commit(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, references, number = make_store(machine("one")), commit._references, itertools.count(1)
+    add(store, 0, ["a", "b"])
+
+    def late(*given: Any) -> bytes:
+        add(on(machine("two"), store), n := next(number), [f"{n}"])
+        machine("one")
+        return references(*given)
+
+    monkeypatch.setattr(commit, "_references", late)
+    write_view(store)
+    assert next(number) == 4
 
 
 def test_runs_are_saved_and_replaced_whole_and_shared(
