@@ -21,7 +21,8 @@ import PIL
 from numpy.typing import NDArray
 
 import embcache
-from embcache.backbones.transforms import Transform, frame
+from embcache.backbones.catalog import Backbone
+from embcache.backbones.transforms import Transform, choose_transform, frame
 from embcache.config import ExtractConfig
 from embcache.cores import default_workers
 from embcache.data.budget import Decoding, check_max_pixels
@@ -44,6 +45,17 @@ MAX_ROWS = 512
 _BATCH = 16  # images decoded ahead, like for a network on a CPU
 # Raised whenever the same decoded image gives other pixels: it is part of every recipe of pixels.
 _NUMERICS = 1
+
+
+def dataset_transform(
+    backbone: Backbone, kind: str | None, dataset: ImageDataset, home: PathLike | None = None
+) -> Transform:
+    """The transform that an extraction of ``backbone`` over ``dataset`` would use."""
+    with ThreadPoolExecutor(default_workers()) as pool:
+        files = scan_dataset(dataset, home, pool)
+    chosen = choose_transform(backbone, kind, files.sizes)
+    files.keep()
+    return chosen
 
 
 def cache_pixels(
