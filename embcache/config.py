@@ -239,8 +239,8 @@ class SlurmConfig(Config):
 
 # As `man sbatch` has them.
 _SLURM_TEXTS = {
-    "time": (r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "minutes, M:S, H:M:S, or days: D-H, D-H:M, D-H:M:S"),
-    "memory": (r"[0-9]+[KMGT]?", "a whole number, in megabytes or with K, M, G or T"),
+    "time": (r"UNLIMITED|([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "minutes, M:S, H:M:S, or days: D-H, D-H:M, D-H:M:S"),
+    "memory": (r"[0-9]+[KMGTkmgt]?", "a whole number, in megabytes or with K, M, G or T"),
 }
 
 

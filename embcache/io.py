@@ -53,6 +53,7 @@ _STAGED = re.compile(r"\.(?P<name>.+)-[0-9a-f]{16}(?P<old>\.old)?(?P<gone>\.gone
 _OLD = ".old"
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_FIX = "check the disk, then run the same command: what is committed stays"
 _FIXES = {
     errno.ENOSPC: "free space there, then run the same command: what is committed stays",
     errno.EDQUOT: "raise the quota or free space, then run the same command: what is committed stays",
@@ -159,10 +160,7 @@ def writing(where: Path) -> Iterator[None]:
         raise StoreError(
             "the feature store cannot be written", code="store-not-written", found=error.strerror or str(error),
             where=error.filename or where,
-            fix=(
-                _FIXES.get(error.errno or 0, "check the disk, then run the same command: what is committed stays"),
-                *["another --cache-dir FOLDER"] * (mirror_of(where) is not None),
-            ),
+            fix=(_FIXES.get(error.errno or 0, _FIX), *["another --cache-dir FOLDER"] * (mirror_of(where) is not None)),
         ) from error  # fmt: skip
 
 
@@ -193,15 +191,19 @@ def replace_file(path: Path, data: bytes) -> None:
         remove_leftovers(path.parent, prefix)
 
 
-def cache_file(path: Path, data: bytes) -> None:
+def cache_file(path: Path, data: bytes, *, again: bool = True) -> None:
     """Write a copy of what is kept elsewhere: whole or not at all, and not flushed."""
     with writing(path):
-        os.makedirs(path.parent, exist_ok=True)
         staged = path.with_name(staged_name(f".{path.name[:100]}-"))
-        with _removed_on_error(staged):
-            with open(staged, "xb") as file:
-                file.write(data)
-            os.replace(staged, path)
+        try:
+            os.makedirs(path.parent, exist_ok=True)
+            with _removed_on_error(staged):
+                staged.write_bytes(data)
+                os.replace(staged, path)
+        except (FileNotFoundError, FileExistsError):  # another process has just removed the folder
+            if not again:
+                raise
+            cache_file(path, data, again=False)
 
 
 def keep_file(path: Path, data: bytes) -> None:
@@ -570,8 +572,7 @@ def _link_new(staged: Path, path: Path) -> bool:
                 raise
             # A filesystem without hard links.
             if not _rename_at(staged, path, _NOREPLACE):
-                # Nor such a rename. Between look and rename another process may publish the same name; that costs
-                # work only, since a shard's own ids say what it holds.
+                # Nor such a rename. Between look and rename another process may take the name: that costs work only.
                 if path.exists():
                     return False
                 os.rename(staged, path)

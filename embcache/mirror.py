@@ -50,7 +50,7 @@ from embcache.places import (  # fmt: skip
     probe,
     refuse_url,
 )
-from embcache.sealed import crc32c, seal, unseal
+from embcache.sealed import crc32c, file_records, hash_files, seal, unseal
 
 MARK = ".place"  # file of a mirror: its URL
 _SHARD = re.compile(r"(?P<store>[^/]+/[^/]+)/shards/(?P<name>\d{6,})/(?P<file>.*)")
@@ -157,16 +157,17 @@ class Mirror:
             return None
         self.check_fit()
         created = self.place.put_new(key, data)
-        if (
-            self._is_many(path)
-            and path.parent.name == "plan"
-            and (known := self._plans.get(path.parents[1])) is not None
-        ):
-            known.add(int(path.stem))
+        if self._is_many(path) and path.parent.name == "plan" and path.parents[1] in self._plans:
+            self._plans[path.parents[1]].add(int(path.stem))
         if not created:
             self._refreshed.clear()  # another process was quicker: the next listing is a new one
         if key.startswith("home/"):
             disk.cache_file(path, data if created else self.place.get(key))
+        if created and path.name == "recipe.json":  # by which it is seen whether another one is there
+            for entry in self.place.list(key.rpartition("/")[0]):
+                if entry.key == key:
+                    etags = {**self._etags(), str(path): entry.version}
+                    disk.cache_file(self.root / ".etags.json", json.dumps(etags).encode())
         return created
 
     def replace_folder(self, folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes] | None:
@@ -176,7 +177,7 @@ class Mirror:
             return None
         read = {n: data if isinstance(data, bytes) else disk.read_regular(data) for n, data in files.items()}
         read.pop(_COMMIT, None)
-        sealed = self._upload(folder, read, {"files": _record(read)})
+        sealed = self._upload(folder, read, {"files": file_records(read)})
         self.place.put(cast("str", self.key(folder / _COMMIT)), sealed)
         return {**read, _COMMIT: sealed}
 
@@ -282,7 +283,7 @@ class Mirror:
         Not within a moment, unless ``again``. Plans are listed only, and brought when they are read. With ``whole`` a
         store's documents are brought although they are here and never change, and those go that are not there.
         """
-        if self._marked != (marked := _state(self.root / MARK)[1]):
+        if self._marked != (marked := self._mark_time()):
             self._marked = marked
             self._refreshed.clear()
         age = time.monotonic() - self._refreshed.get(folder, -1e9)
@@ -306,7 +307,12 @@ class Mirror:
         if not (self.root / MARK).exists():
             disk.attach(self.root, self)
             disk.cache_file(self.root / MARK, self.place.url.encode())
-            self._marked = _state(self.root / MARK)[1]
+            self._marked = self._mark_time()
+
+    def _mark_time(self) -> float:
+        with suppress(FileNotFoundError):
+            return (self.root / MARK).lstat().st_mtime
+        return 0.0
 
     def _refresh(self, folder: Path | None, whole: bool) -> None:
         started, known, learned, wanted = time.time(), self._etags(), dict[str, str](), dict[Path, int]()
@@ -319,11 +325,10 @@ class Mirror:
             plans |= {int(path.stem)} if kind == "plan" else set()
             manifests += [path] if kind == "manifests" else []
             # Not by its bytes alone, of which the tag is: they may have been others in between.
-            before, now = known.get(str(path), ""), "" if kind else f"{entry.etag} {entry.modified}"
-            learned[str(path)], (size, made) = now, _state(path)
+            before, now = known.get(str(path), ""), "" if kind else entry.version
+            learned[str(path)], size = now, _size(path)
             stale = size != entry.size or (before != now and not self._created_once(path))
-            newer = before != now if before else entry.modified > made + _SETTLED_SECONDS
-            if folder is None and path.name == "recipe.json" and size >= 0 and newer:
+            if folder is None and path.name == "recipe.json" and size >= 0 and before != now:
                 stale = self._remove_copies(path.parent)
             if whole or (stale and (not kind or path.name == _COMMIT)):
                 wanted[path] = entry.size
@@ -333,7 +338,7 @@ class Mirror:
         if not whole:
             self._unfold(manifests)
         # What was unfolded is here by now.
-        self._bring([p for p, size in wanted.items() if whole or not self._is_many(p) or _state(p)[0] != size])
+        self._bring({p: n for p, n in wanted.items() if whole or not self._is_many(p) or _size(p) != n})
         if folder is not None:
             self._plans[folder] = plans
             for path in [*folder.glob("plan/*.json"), *folder.glob(f"shards/*/{_COMMIT}")] if whole else ():
@@ -344,15 +349,16 @@ class Mirror:
             for path in (Path(text) for text in {*known, *map(str, self._documents())} - {*learned}):
                 # Younger than the listing: written by this or another process of this machine.
                 with suppress(FileNotFoundError):
-                    if path.lstat().st_mtime < started - _SETTLED_SECONDS:
+                    if str(path) in known or path.lstat().st_mtime < started - _SETTLED_SECONDS:
                         disk.remove(path.parent if path.name in (_COMMIT, "recipe.json") else path)
 
     def _remove_copies(self, store: Path) -> bool:
-        """Remove those of a store that someone has removed there and made again."""
+        """Remove those of a store that someone has removed there and made again, and what a killed removal left."""
         for name in ("shards", "manifests", "plan", "canaries.json", "recipe.json"):
-            with suppress(FileNotFoundError):
-                disk.remove(store / name)
-        self._refreshed.pop(store, None)
+            for path in (store / f"{name}.gone", store / name):
+                with suppress(FileNotFoundError):
+                    disk.remove(path)
+        disk.cache_file(self.root / MARK, self.place.url.encode())  # other processes list again, too
         return True
 
     def _beyond_shards(self) -> Iterator[Entry]:
@@ -453,7 +459,7 @@ class Mirror:
     def _upload(self, folder: Path, files: Mapping[str, bytes], content: Mapping[str, Any]) -> bytes:
         """Write the files of an attempt; the sealed commit that names it."""
         self.check_fit()
-        attempt = _hash(files)
+        attempt = hash_files(files)
         self._put_all({f"{self.attempts(folder)}/{attempt}/{name}": data for name, data in files.items()})
         return seal({**content, "attempt": attempt})
 
@@ -461,9 +467,13 @@ class Mirror:
         with ThreadPoolExecutor(THREADS, thread_name_prefix="put") as pool:
             list(pool.map(self.place.put, objects.keys(), objects.values()))
 
-    def _bring(self, paths: Sequence[Path]) -> None:
+    def _bring(self, paths: Mapping[Path, int] | Sequence[Path]) -> None:
+        """Bring documents; of one that is damaged there, as many zeros as it is listed with."""
+        sizes = paths if isinstance(paths, Mapping) else {}
         with ThreadPoolExecutor(THREADS, thread_name_prefix="get") as pool:
-            for path, data in zip(paths, pool.map(self._readable, paths), strict=True):
+            for path, data in zip(
+                paths, pool.map(lambda path: self._readable(path, sizes.get(path, 0)), paths), strict=True
+            ):
                 try:
                     if data is not None:
                         self._install(path, data)
@@ -471,12 +481,12 @@ class Mirror:
                     log.warning("%s is not brought: %s", path, error.found)
         self.prefetch([path.with_name(_FIRST) for path in paths if path.name == _COMMIT and _is_run(path.parent)])
 
-    def _readable(self, path: Path) -> bytes | None:
+    def _readable(self, path: Path, size: int) -> bytes | None:
         try:
             return self.read(path)
         except CorruptStoreError as error:
             log.warning("%s: %s; %s", error.where, error.problem, error.found)
-            return b""  # its readers find it damaged
+            return bytes(size)  # its readers find it damaged
 
     def _install(self, path: Path, data: bytes) -> bool:
         if path.name == _COMMIT and path.exists() and disk.read_regular(path) != data:
@@ -521,29 +531,15 @@ class Mirror:
                 self._held -= size
 
 
-def _state(path: Path) -> tuple[int, float]:
-    """Size and time of a file of this machine; of none the size is -1."""
+def _size(path: Path) -> int:
+    """Bytes of a file of this machine; -1 without one."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        state = path.lstat()
-        return state.st_size, state.st_mtime
-    return -1, 0.0
+        return path.lstat().st_size
+    return -1
 
 
 def _is_run(folder: Path) -> bool:
     return folder.parent.name == "runs"
-
-
-def _record(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    return {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
-
-
-def _hash(files: Mapping[str, bytes]) -> str:
-    """Sha256 over names and bytes of files: equal work is one attempt."""
-    digest = hashlib.sha256()
-    for name, data in sorted(files.items()):
-        digest.update(f"{len(name.encode())} {name} {len(data)} ".encode())
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def _attempt(sealed: bytes, where: Path) -> str:

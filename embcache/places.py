@@ -55,6 +55,11 @@ class Entry(NamedTuple):
     etag: str  # another one for other bytes, as far as the place knows
     modified: float  # seconds since the epoch, by the place's clock
 
+    @property
+    def version(self) -> str:
+        """Another text for another object, also where its bytes, of which the tag may be, were there before."""
+        return f"{self.etag} {self.modified}"
+
 
 class Place(ABC):
     """Bytes under keys, ``a/b/c``, which are UTF-8 without empty parts, ``.`` or ``..``."""

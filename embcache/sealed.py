@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import types
@@ -271,3 +272,17 @@ class Plain:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, every field by its name."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]  # of a dataclass
+
+
+def file_records(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file, for a commit."""
+    return {name: {"size": len(data), "crc32c": crc32c(data)} for name, data in sorted(files.items())}
+
+
+def hash_files(files: Mapping[str, bytes]) -> str:
+    """Sha256 over names and bytes of files: equal work is one attempt."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{len(name.encode())} {name} {len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest()

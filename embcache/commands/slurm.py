@@ -13,9 +13,9 @@ from embcache.commands.options import Skip, check_named, command
 from embcache.commands.output import echo
 from embcache.config import DatasetRef, ExtractConfig, SlurmConfig
 from embcache.errors import UsageError
-from embcache.fields import parse_weights
+from embcache.fields import bare_name
 from embcache.paths import portable_home
-from embcache.places import as_url, cache_bytes, cache_dir, is_url, refuse_url
+from embcache.places import cache_bytes, cache_dir, is_url, refuse_url
 
 _ARRAY = """\
 # Each job computes its own shards; all write into one home, on a disk that they share or in an object store.
@@ -109,9 +109,7 @@ def batch_script(
     if ref.data_root is not None:
         refuse_url(ref.data_root, "a folder or a table on a disk; its column of paths may have addresses of images")
         ref = replace(ref, data_root=ref.data_root.expanduser().absolute())
-    weights = parse_weights(config.weights, backbones).items()
-    full = [f"{name}={as_url(file) if is_url(file) else file.expanduser().absolute()}" for name, file in weights]
-    config = replace(config, weights=tuple(full))
+    config = replace(config, weights=tuple(_in_full(text, backbones) for text in config.weights))
     words = ["embcache", "extract", *(word for name in backbones for word in ("--backbone", name))]
     words += ["--dataset", dataset, *ref.words(), *config.words()]
     words += ["--home", portable_home(home)]
@@ -128,3 +126,11 @@ def batch_script(
     asked = "".join(f"#SBATCH --{name}={value}\n" for name, value in lines.items() if value is not None)
     body = (_RAY if ray else _ARRAY).format(command=shlex.join(words), threads=config.cpus_per_worker, jobs=slurm.jobs)
     return f"#!/bin/bash\n{asked}#SBATCH --requeue\n\n{body}"
+
+
+def _in_full(text: str, backbones: list[str]) -> str:
+    """``[NAME=]FILE`` with the path of the file in full."""
+    name, separator, file = text.partition("=")
+    if not separator or name not in map(bare_name, backbones):
+        name, separator, file = "", "", text
+    return f"{name}{separator}{file if is_url(file) else Path(file).expanduser().absolute()}"

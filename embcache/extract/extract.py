@@ -228,9 +228,8 @@ class _Run:
             models = _models(self._backbones, dataset, files, config, home)
             owed = _complete_stores(models, dataset, files, config)
             if not owed:
-                networks = self._open(dataset, files)
-                self._closing.enter_context(ray_connection(config))
-                owed = [_open_store(each, dataset, files, config, home, pool) for each in networks]
+                networks, closing = self._open(dataset, files), self._closing
+                owed = [_open_store(each, dataset, files, config, home, pool, closing) for each in networks]
                 _remember(models, self._networks, dataset, files.folder, home, began)
         if dataset.part is None:  # partitions are kept when they are made
             write_snapshot(files.folder, (dataset.whole or dataset).to_parquet_bytes())
@@ -240,6 +239,7 @@ class _Run:
             self._stop.complete = shards.last and not self._begun
             self._add(dataset, owed, shards, 0)
             return None
+        self._closing.enter_context(ray_connection(config))
         learning = self._closing.enter_context(ExitStack())
         learning.enter_context(files.learning())
         if config.stage:
@@ -345,6 +345,7 @@ def _open_store(
     config: ExtractConfig,
     home: PathLike | None,
     pool: Executor,
+    closing: ExitStack,
 ) -> OwedStore:
     """The store of a network's recipe, created if it is not there, and what it owes: published as plans."""
     import torch
@@ -362,6 +363,7 @@ def _open_store(
     if usual is None and config.engine == "ray":  # before their number is recorded
         from embcache.extract.engines.ray_cluster import check_room
 
+        closing.enter_context(ray_connection(config))
         check_room(threads, config.gpus_per_worker or 0)
     requested = "eager" if network.backbone.spec.fixed and config.runtime == "auto" else config.runtime
     runtime = usual if requested == "auto" else None

@@ -71,11 +71,9 @@ def collect(path: Path, *, dry_run: bool = False) -> Collected:
     header, name = read_header(path), f"{path.parent.name}/{path.name}"
     if mirror := mirror_of(path):
         # Superseded rows stay: without its commit, which names its files, another attempt at a shard could win.
-        there, removed = read_live(path, header), mirror.collect(path, committed_numbers(path), dry_run=dry_run)
-        if superseded := sum(there.shard_rows.values()) - len(there.ids):
-            log.info("%s: %s superseded rows stay: in an object store no shard is removed", name, f"{superseded:,}")
-        freed = sum(entry.size for entry in removed)
-        return Collected(path.parent.name, path, superseded, 0, 0, len(removed), freed)
+        removed = mirror.collect(path, committed_numbers(path), dry_run=dry_run)
+        log.info("%s: in an object store superseded rows stay; `embcache info` counts them", name)
+        return Collected(path.parent.name, path, 0, 0, 0, len(removed), sum(entry.size for entry in removed))
     seen, rubbish, moved = unless_collected(path, lambda: _look(path, header)), leftovers(path), 0
     before = bytes_under(path) + sum(bytes_under(each) for each in rubbish if path not in each.parents)
     if seen.waiting:

@@ -177,19 +177,23 @@ def test_every_gpu_of_a_job_is_used() -> None:
 
 def test_files_are_named_from_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for given in ("own=w.pth", "s3://lab/w.pth"):
+    for name, given, full in (
+        ("own", "own=w.pth", f"own={tmp_path}/w.pth"),
+        ("own", "own=s3://lab/w.pth", "own=s3://lab/w.pth"),
+        ("own", "s3://lab/w.pth", "s3://lab/w.pth"),
+        ("onnx:net=1.onnx", "w.pth", f"{tmp_path}/w.pth"),
+    ):
         config, ref = ExtractConfig(weights=(given,)), DatasetRef(data_root=Path("images"))
-        text = batch_script(["own"], "folder", ref, config, SlurmConfig(), tmp_path)
-        file = "s3://lab/w.pth" if "s3" in given else tmp_path / "w.pth"
-        assert f" --data-root {tmp_path}/images --weights own={file} " in text
+        text = batch_script([name], "folder", ref, config, SlurmConfig(), tmp_path)
+        assert f" --data-root {tmp_path}/images --weights {full} " in text
     with refused(UsageError, "place-address"):
         ref = DatasetRef(data_root=Path("s3://lab/t.csv"))
         batch_script(["own"], "folder", ref, ExtractConfig(), SlurmConfig(), tmp_path)
 
 
 def test_time_and_memory_are_as_sbatch_reads_them() -> None:
-    for time in ("90", "90:00", "04:00:00", "1-12", "1-12:30", "1-12:30:00"):
-        SlurmConfig(time=time, memory="64G")
+    for time in ("UNLIMITED", "90", "90:00", "04:00:00", "1-12", "1-12:30", "1-12:30:00"):
+        SlurmConfig(time=time, memory="64g")
     for wrong in ({"time": "4h"}, {"time": "1d"}, {"time": "1:2:3:4"}, {"memory": "64GB"}, {"memory": "1.5G"}):
         with refused(UsageError, "slurm-value"):
             SlurmConfig.make(options=wrong)

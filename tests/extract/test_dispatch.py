@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -229,6 +230,21 @@ def test_workers_that_died_idle_are_not_the_fault_of_a_shard(
     assert owed[0].stores[0].committed() == (0, 1, 2, 3, 4)
 
 
+def test_a_shard_that_kills_workers_which_computed_others_is_given_up(owed: OwedShards) -> None:
+    pool = Paper(owed.stores[0].path, nodes=1, script={1: ["done", "lost"], 2: ["lost"], 3: ["lost"]})
+    with refused(EmbcacheError, "shard-loses-workers"):
+        carry_out(pool, owed)
+    assert pool.given == [(1, 0), (1, 1), (2, 1), (3, 1)]
+
+
+def test_losses_of_workers_that_left_a_lease_count(split: Callable[[Sequence[range]], list[OwedShards]]) -> None:
+    owed = split([range(3), range(3, 4)])
+    pool = Paper(owed[0].stores[0].path, nodes=3, script={number: ["done", "lost"] for number in (1, 2, 3)})
+    with refused(EmbcacheError, "shard-loses-workers"):
+        list(Dispatch(pool, owed, Stop()).run(lambda rows: None))
+    assert [shard for _, shard in pool.given] == [0, 1, 2, 3, 3, 3]
+
+
 def test_workers_that_die_before_they_begin_are_not_replaced_for_ever(owed: OwedShards) -> None:
     pool = Paper(owed.stores[0].path, nodes=1, script={number: ["lost idle"] for number in range(1, 9)})
     with refused(EmbcacheError, "shard-loses-workers"):
@@ -248,6 +264,13 @@ def test_that_no_worker_is_ready_is_said_once(owed: OwedShards) -> None:
     with shown(said.append):
         list(Dispatch(pool, [owed], Stop(), clock=lambda: pool.seconds).run(lambda rows: None))
     assert [line.split(":")[0] for line in said] == ["no worker is ready yet"]
+
+
+def test_that_workers_are_ready_is_not_said(owed: OwedShards) -> None:
+    pool, seconds, said = Paper(owed.stores[0].path), itertools.count(0, 20), list[str]()
+    with shown(said.append):
+        list(Dispatch(pool, [owed], Stop(), clock=lambda: next(seconds)).run(lambda rows: None))
+    assert said == []
 
 
 def test_a_worker_that_is_refused_leaves_the_work_to_others(owed: OwedShards) -> None:

@@ -555,22 +555,77 @@ def test_a_document_that_was_cut_is_brought_again(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_store_that_was_removed_and_made_again_is_another_one(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
+def test_a_store_that_was_removed_and_made_again_is_another_one(machine: Machine, known: bool) -> None:
     store = make_store(machine("one"))
     add(store, 0, ["a", "b"])
+    add(store, 1, ["x"])
+    (store / "plan.gone").mkdir()  # a removal was killed
     if known:
         machine("one")
-    else:
-        monkeypatch.setattr(mirrors, "_SETTLED_SECONDS", 0.0)
     other = on(machine("two"), store)
     for key in there(other):
         the_mirror(other).place.delete(key)
     shutil.rmtree(other)
     make_store(other.parents[1])
     add(other, 0, ["c", "d"])
-    assert FeatureStore(on(machine("one"), store)).ids.tolist() == ["c", "d"]
+    add(other, 1, ["e"])
+    seen = FeatureStore(on(machine("one"), store))
+    assert seen.ids.tolist() == ["c", "d", "e"]
+    assert reading.read_plans(store)[0][0].id == "c"
+
+
+def test_a_store_that_is_made_again_is_seen_in_one_process(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "_FRESH_SECONDS", 1000.0)
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    assert FeatureStore(store).ids.tolist() == ["a", "b"]
+    mirror, seen = the_mirror(store), open_mirror(the_mirror(store).place.url)
+    assert seen is mirror
+    other = on(machine("two"), store)
+    for key in there(other):
+        the_mirror(other).place.delete(key)
+    shutil.rmtree(other)
+    make_store(other.parents[1])
+    add(other, 0, ["c"])
+    add(other, 1, ["d"])
+    machine("one")
+    disk._MIRRORS[f"{mirror.root}/"] = mirror
+    mirror.refresh(again=True)
+    assert FeatureStore(store).ids.tolist() == ["c", "d"]
+
+
+def test_a_store_that_was_removed_is_gone_at_once(machine: Machine) -> None:
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    for key in there(store):
+        the_mirror(store).place.delete(key)
+    machine("one")
+    assert not (store / "recipe.json").exists()
+    assert not list_stores(store.parents[1])
+
+
+def test_a_damaged_document_is_asked_for_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, read = list[str](), Mirror.read
+    monkeypatch.setattr(Mirror, "read", lambda mirror, path: asked.append(path.name) or read(mirror, path))
+    store = make_store(machine("one"))
+    add(store, 0, ["a", "b"])
+    place = the_mirror(store).place
+
+    def damaged(key: str, most: int | None = None) -> bytes:
+        if key.endswith("recipe.json"):
+            raise CorruptStoreError("damaged", code="place-damaged", where=key)
+        return get(key, most)
+
+    other = on(machine("two"), store)
+    get = the_mirror(other).place.get
+    monkeypatch.setattr(ObjectPlace, "get", lambda _, key, most=None: damaged(key, most))
+    shutil.rmtree(other)
+    for _ in range(3):
+        machine("two")
+    assert place.url
+    assert asked.count("recipe.json") == 2  # when it was well, and when it was not
+    with refused(CorruptStoreError, "file-damaged"):
+        reading.read_header(other)
 
 
 def test_a_document_that_had_other_bytes_in_between_is_brought(
@@ -637,14 +692,6 @@ def test_all_commits_are_there_at_once_after_the_copies_were_deleted(
     assert FeatureStore(store).committed() == (0, 1, 2, 3)
     assert home.stat().st_mode & 0o777 == 0o700
     assert home_dir(home) == home  # also to another process
-
-
-def test_gc_counts_superseded_rows_that_stay(machine: Machine) -> None:
-    store = make_store(machine("one"))
-    add(store, 0, ["a", "b"])
-    add(store, 1, ["a"])
-    assert collect(store).superseded == 1
-    assert FeatureStore(store).committed() == (0, 1)
 
 
 def test_addresses_stand_for_documents_in_what_is_shown(machine: Machine) -> None:

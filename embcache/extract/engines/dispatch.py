@@ -220,7 +220,7 @@ class Dispatch:
         log.warning(
             f"{where} was lost ({_line(answer)}): shard {shard.number} {fate}; workers left: {len(self._ready)}"
         )
-        before, task.holder = task.holder, holder(stores[shard.stores[0]].path, shard.number)
+        before, task.holder = task.holder, b"".join(holder(stores[i].path, shard.number) for i in shard.stores)
         # One that worked before and has no lease died while it waited for work: this shard is not the cause.
         task.losses += worker not in self._proven or task.holder not in (b"", before)
         self._losses += 1

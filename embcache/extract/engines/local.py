@@ -28,7 +28,7 @@ from embcache.store.feature_store import FeatureStore
 from embcache.store.lease import Lease
 
 # How long to wait before looking again at shards that another process is computing: on a disk, and at most in an object
-# store, where each look at a lease is some five requests.
+# store, where each look at a lease is seven requests.
 _POLL_SECONDS, _MOST_POLL_SECONDS = 1.0, 30.0
 
 
