@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from embcache import io as disk
-from embcache.errors import CorruptStoreError, StoreError
+from embcache.errors import CorruptStoreError, StoreError, UsageError
 from embcache.log import log
 from embcache.places import (  # fmt: skip
     ENDPOINTS,
@@ -479,7 +479,7 @@ class Mirror:
                         self._install(path, data)
                 except StoreError as error:  # of others: a document that has the name of a folder, say
                     log.warning("%s is not brought: %s", path, error.found)
-        self.prefetch([path.with_name(_FIRST) for path in paths if path.name == _COMMIT and _is_run(path.parent)])
+        self.prefetch([path.with_name(_FIRST) for path in paths if path.name == _COMMIT and path.parents[1].name == "runs"])
 
     def _readable(self, path: Path, size: int) -> bytes | None:
         try:
@@ -538,10 +538,6 @@ def _size(path: Path) -> int:
     return -1
 
 
-def _is_run(folder: Path) -> bool:
-    return folder.parent.name == "runs"
-
-
 def _attempt(sealed: bytes, where: Path) -> str:
     return str(_checked(sealed, where)["attempt"])
 
@@ -572,9 +568,15 @@ def open_mirror(url: str) -> Mirror:
     readable = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[:60]
     root = cache_dir() / f"{readable}-{digits}"
     mirror = Mirror(root, open_place(url))
-    with disk.writing(root):
+    try:
         disk.attach(root, mirror)
         mirror.mark()
+    except (OSError, StoreError) as error:
+        raise UsageError(
+            "copies of an object store cannot be kept here", code="cache-dir", where=root,
+            found=error.found if isinstance(error, StoreError) else error.strerror,
+            fix="--cache-dir FOLDER, on a disk that can be written",
+        ) from error  # fmt: skip
     return mirror
 
 

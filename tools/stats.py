@@ -27,7 +27,7 @@ PROBING = {
 # Bounds that hold already; a measure without one is only printed.
 PROBES = "hasattr and getattr (other than of os, torch, timm, streams and dataclass fields)"
 BOUNDS = {
-    "lines": 44_190,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
+    "lines": 44_195,  # the goal is `GOAL`; what the reach over backbones, runtimes and targets took is in docs/log.md
     "files": 161,
     PROBES: 0,
     "files of more than 600 lines": 0,

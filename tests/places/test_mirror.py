@@ -694,6 +694,15 @@ def test_all_commits_are_there_at_once_after_the_copies_were_deleted(
     assert home_dir(home) == home  # also to another process
 
 
+def test_a_folder_where_no_copies_can_be_kept_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/x"):
+        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / folder))
+        with refused(UsageError, "cache-dir") as caught:
+            home_dir("memory://nowhere/lab")
+        assert "--cache-dir" in str(caught.value.fix)
+
+
 def test_addresses_stand_for_documents_in_what_is_shown(machine: Machine) -> None:
     store = make_store(machine("one"))
     url, root = the_mirror(store).place.url, the_mirror(store).root
