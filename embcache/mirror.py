@@ -479,9 +479,8 @@ class Mirror:
                         self._install(path, data)
                 except StoreError as error:  # of others: a document that has the name of a folder, say
                     log.warning("%s is not brought: %s", path, error.found)
-        self.prefetch(
-            [path.with_name(_FIRST) for path in paths if path.name == _COMMIT and path.parents[1].name == "runs"]
-        )
+        runs = [path for path in paths if path.name == _COMMIT and path.parents[1].name == "runs"]
+        self.prefetch(path.with_name(_FIRST) for path in runs)
 
     def _readable(self, path: Path, size: int) -> bytes | None:
         try:
