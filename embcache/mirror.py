@@ -350,10 +350,11 @@ class Mirror:
                 # Younger than the listing: written by this or another process of this machine.
                 with suppress(FileNotFoundError):
                     if str(path) in known or path.lstat().st_mtime < started - _SETTLED_SECONDS:
-                        disk.remove(path.parent if path.name in (_COMMIT, "recipe.json") else path)
+                        if path.name != "recipe.json" or not self._remove_copies(path.parent):
+                            disk.remove(path.parent if path.name == _COMMIT else path)
 
     def _remove_copies(self, store: Path) -> bool:
-        """Remove those of a store that someone has removed there and made again, and what a killed removal left."""
+        """Remove those of a store that someone has removed there, and what a killed removal left."""
         for name in ("shards", "manifests", "plan", "canaries.json", "recipe.json"):
             for path in (store / f"{name}.gone", store / name):
                 with suppress(FileNotFoundError):
@@ -471,9 +472,8 @@ class Mirror:
         """Bring documents; of one that is damaged there, as many zeros as it is listed with."""
         sizes = paths if isinstance(paths, Mapping) else {}
         with ThreadPoolExecutor(THREADS, thread_name_prefix="get") as pool:
-            for path, data in zip(
-                paths, pool.map(lambda path: self._readable(path, sizes.get(path, 0)), paths), strict=True
-            ):
+            read = pool.map(lambda path: self._readable(path, sizes.get(path, 0)), paths)
+            for path, data in zip(paths, read, strict=True):
                 try:
                     if data is not None:
                         self._install(path, data)

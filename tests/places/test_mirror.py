@@ -599,8 +599,10 @@ def test_a_store_that_was_removed_is_gone_at_once(machine: Machine) -> None:
     add(store, 0, ["a", "b"])
     for key in there(store):
         the_mirror(store).place.delete(key)
+    (store / "shards.gone").mkdir()
     machine("one")
     assert not (store / "recipe.json").exists()
+    assert not list(store.glob("shards*"))
     assert not list_stores(store.parents[1])
 
 
