@@ -349,9 +349,9 @@ class Mirror:
             for path in (Path(text) for text in {*known, *map(str, self._documents())} - {*learned}):
                 # Younger than the listing: written by this or another process of this machine.
                 with suppress(FileNotFoundError):
-                    if str(path) in known or path.lstat().st_mtime < started - _SETTLED_SECONDS:
-                        if path.name != "recipe.json" or not self._remove_copies(path.parent):
-                            disk.remove(path.parent if path.name == _COMMIT else path)
+                    gone = str(path) in known or path.lstat().st_mtime < started - _SETTLED_SECONDS
+                    if gone and (path.name != "recipe.json" or not self._remove_copies(path.parent)):
+                        disk.remove(path.parent if path.name == _COMMIT else path)
 
     def _remove_copies(self, store: Path) -> bool:
         """Remove those of a store that someone has removed there, and what a killed removal left."""
