@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from dataclasses import replace
@@ -102,6 +103,7 @@ def batch_script(
                 "no node would have room for a worker", code="slurm-room",
                 found=f"{cores} cores and {gpus or 0:g} GPUs per worker",
                 expected=f"at most --cpus {slurm.cpus} and --gpus {slurm.gpus}",
+                fix=f"--cpus {max(cores, slurm.cpus)} --gpus {max(math.ceil(gpus or 0), slurm.gpus)}",
             )  # fmt: skip
         config = replace(config, cpus_per_worker=cores, gpus_per_worker=gpus)
     elif slurm.gpus > 1 and config.device == "auto":

@@ -112,8 +112,7 @@ def diagnose(home: PathLike | None = None) -> Diagnosis:
 def _place(name: str, path: Path) -> dict[str, Any]:
     nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
     usage, writable = shutil.disk_usage(nearest), nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    shown = shown_home(path) if name == "home" else str(path)
-    answer = {"name": name, "path": shown, "there": path.exists(), "writable": writable}
+    answer = {"name": name, "path": shown_home(path), "there": path.exists(), "writable": writable}
     return answer | {"free_bytes": usage.free, "disk_bytes": usage.total}
 
 

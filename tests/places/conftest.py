@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import embcache.mirror as mirrors
+from embcache import io as disk
 from embcache import places
+from embcache.mirror import Mirror, open_mirror
+from embcache.paths import home_dir
 from embcache.places import DiskPlace, Place, open_place
 from tests.places.faults import FaultProxy
 from tests.places.server import BUCKET, environment, serving
@@ -101,3 +105,39 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Opened:
 @pytest.fixture
 def place(opened: Opened) -> Place:
     return opened.place
+
+
+Machine = Callable[[str], Path]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """The folder of one home in memory, as a machine of this name sees it; what it had copied is kept."""
+    url, before = f"memory://{tmp_path.name}/lab", dict(disk._MIRRORS)
+    monkeypatch.setattr(mirrors, "_FRESH_SECONDS", 0.0)
+
+    def become(name: str) -> Path:
+        monkeypatch.setenv("EMBCACHE_CACHE_DIR", str(tmp_path / name))
+        open_mirror.cache_clear()
+        return home_dir(url)
+
+    yield become
+    open_mirror.cache_clear()
+    disk._MIRRORS.clear()
+    disk._MIRRORS.update(before)
+
+
+def the_mirror(path: Path) -> Mirror:
+    found = disk.mirror_of(path)
+    assert found is not None
+    return found
+
+
+def there(path: Path) -> list[str]:
+    """Keys of all objects of the place behind a path."""
+    return [entry.key for entry in the_mirror(path).place.list()]
+
+
+def on(home: Path, store: Path) -> Path:
+    """The same store as another machine sees it."""
+    return home / store.relative_to(store.parents[1])
